@@ -1,0 +1,270 @@
+"""Checks of what users pass in: every message names the argument, says what it is and what was expected.
+
+Shapes, dtypes, devices and kinds are always checked. Values (g > 0, cu_seqlens not monotonic, ...) are checked on CPU
+tensors always and on GPU tensors only when the environment has ``HLA_CHECK=1``, because reading a value waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hla.ops.family import OPS
+from hla.ops.state import State, state_class, zeros
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+
+
+@dataclass
+class Call:
+    """One checked call of an operator: what `higher_order`, `recurrent` and the kernels compute from."""
+
+    op: str
+    order: int | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    p: Tensor
+    ridge: float | Tensor
+    gain: float | Tensor
+    value_ridge: float | Tensor
+    value_gain: float | Tensor
+    scale: float
+    normalize: bool
+    eps: float
+    initial_state: State | None
+    output_final_state: bool
+    cu_seqlens: Tensor | None
+
+    def shaping(self, which: str | None) -> tuple[float | Tensor, float | Tensor]:
+        """(gain, ridge) of a `Reading`."""
+        if which is None:
+            return 1.0, 0.0
+        return (self.gain, self.ridge) if which == "gain" else (self.value_gain, self.value_ridge)
+
+
+def check_call(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    order: int | None = None,
+    g: Tensor | None = None,
+    p: str | Tensor | None = "q",
+    ridge: float | Tensor = 0.0,
+    gain: float | Tensor = 1.0,
+    value_ridge: float | Tensor = 0.0,
+    value_gain: float | Tensor = 1.0,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    one_token: bool = False,
+    slots: int | None = None,
+    state_name: str = "initial_state",
+) -> Call:
+    """Checks the arguments of an operator (``one_token``: of `hla.step`, whose tensors have no time dimension)."""
+    if op not in OPS:
+        raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
+    order = _check_order(op, order)
+    lead = ("B",) if one_token else ("B", "T")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _tensor(name, x)
+        if x.dim() != len(lead) + 2:
+            raise ValueError(f"{name} must have shape [{', '.join(lead)}, heads, dim]; got {_shape(x)}")
+        if x.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {x.dtype}")
+        _same("dtype", name, x.dtype, "q", q.dtype, TypeError)
+        _same("device", name, x.device, "q", q.device, ValueError)
+        if x.shape[: len(lead)] != q.shape[: len(lead)]:
+            raise ValueError(f"{name} must have the {' and '.join(lead)} of q, {_shape(q)}; got {_shape(x)}")
+        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(f"{name} must have 1 to {MAX_HEAD_DIM} numbers per head; got {_shape(x)}")
+    hq, hkv = q.shape[-2], k.shape[-2]
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k must have the head dimension of q, {q.shape[-1]}; got {_shape(k)}")
+    if v.shape[-2] != hkv:
+        raise ValueError(f"v must have the {hkv} heads of k; got {_shape(v)}")
+    if hkv < 1 or hq < 1 or hq % hkv:
+        raise ValueError(f"the heads of q ({hq}) must be a multiple of the heads of k and v ({hkv})")
+
+    if g is not None:
+        _tensor("g", g)
+        _expect_shape("g", g, (*q.shape[:-2], hkv), f"[{', '.join(lead)}, heads of k]")
+        if g.dtype != torch.float32 and not (g.dtype == torch.float64 == q.dtype):
+            raise TypeError(f"g (log-decay) must be float32 (or float64 with float64 q, k, v); got {g.dtype}")
+        _same("device", "g", g.device, "q", q.device, ValueError)
+        if _values_readable(g) and not bool(((g <= 0) & g.isfinite()).all()):
+            raise ValueError("g is the logarithm of a decay: it must be finite and <= 0 everywhere")
+
+    p = _check_p(p, q, k, lead)
+    shaping = {"ridge": ridge, "gain": gain, "value_ridge": value_ridge, "value_gain": value_gain}
+    for name, x in shaping.items():
+        shaping[name] = _check_per_token(name, x, p, lead)
+    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize must be True or False; got {normalize!r}")
+    eps = _number("eps", eps)
+    if eps < 0 or (normalize and eps == 0):
+        raise ValueError(f"eps must be positive; got {eps}")
+    if not isinstance(output_final_state, bool):
+        raise TypeError(f"output_final_state must be True or False; got {output_final_state!r}")
+
+    sequences = q.shape[0]
+    if cu_seqlens is not None:
+        sequences = _check_cu_seqlens(cu_seqlens, q)
+    call = Call(
+        op, order, q, k, v, g, p, shaping["ridge"], shaping["gain"], shaping["value_ridge"], shaping["value_gain"],
+        scale, normalize, eps, initial_state, output_final_state, cu_seqlens,
+    )  # fmt: skip
+    if initial_state is not None:
+        check_state(call, initial_state, sequences if slots is None else slots, state_name)
+    return call
+
+
+def check_state(call: Call, state: State, batch: int, name: str) -> None:
+    """Raises unless ``state`` is a state of this operator, these heads and this ``normalize``, with ``batch`` rows."""
+    cls = state_class(call.op, call.order)
+    if not isinstance(state, cls):
+        raise TypeError(f"{name} of {call.op} must be a {cls.__name__}; got {type(state).__name__}")
+    expected = zeros(
+        call.op, batch, call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1],
+        order=call.order, p_heads=call.p.shape[-2], normalize=call.normalize, device="meta",
+        dtype=torch.float64 if call.q.dtype == torch.float64 else torch.float32,
+    )  # fmt: skip
+    for field, x, want in zip(cls._fields, state, expected, strict=True):
+        where = f"{name}.{field}"
+        if (x is None) != (want is None):
+            if field in ("m", "n"):
+                made = "without" if x is None else "with"
+                raise ValueError(f"{name} was made {made} normalize=True, this call has normalize={call.normalize}")
+            raise ValueError(f"{where} must {'not ' if want is None else ''}be given for order {call.order}")
+        if want is None:
+            continue
+        _tensor(where, x)
+        _expect_shape(where, x, tuple(want.shape), "of this operator and these heads")
+        if x.dtype != want.dtype:
+            raise TypeError(f"{where} must be {want.dtype}; got {x.dtype}")
+        _same("device", where, x.device, "q", call.q.device, ValueError)
+
+
+def check_backend(backend: str | None) -> None:
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"backend must be None, 'torch' or 'triton'; got {backend!r}")
+
+
+def check_state_indices(indices: Tensor, batch: int, slots: int, device: torch.device) -> None:
+    _tensor("state_indices", indices)
+    if indices.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"state_indices must be int32 or int64; got {indices.dtype}")
+    _expect_shape("state_indices", indices, (batch,), "[B]")
+    _same("device", "state_indices", indices.device, "q", device, ValueError)
+    if _values_readable(indices) and batch:
+        if int(indices.min()) < 0 or int(indices.max()) >= slots:
+            raise ValueError(f"state_indices must lie in 0 .. {slots - 1}; got {indices.tolist()}")
+        if indices.unique().numel() < batch:
+            raise ValueError(f"state_indices must not name a slot twice; got {indices.tolist()}")
+
+
+def _check_order(op: str, order: int | None) -> int | None:
+    if op in ("linear_attn", "hla2", "hla3"):
+        if order is not None:
+            raise ValueError(f"{op} has no argument order; hla_n and ahla have")
+        return None
+    if order is None:
+        if op == "hla_n":
+            raise ValueError("hla_n needs the argument order")
+        return 2
+    if isinstance(order, bool) or not isinstance(order, int):
+        raise TypeError(f"order must be an integer; got {order!r}")
+    if order < 1:
+        raise ValueError(f"order must be at least 1; got {order}")
+    return order
+
+
+def _check_p(p: str | Tensor | None, q: Tensor, k: Tensor, lead: tuple[str, ...]) -> Tensor:
+    if p is None or (isinstance(p, str) and p == "q"):
+        return q
+    if isinstance(p, str):
+        if p != "k":
+            raise ValueError(f"p (inner query) must be 'q', 'k' or a tensor; got {p!r}")
+        return k
+    _tensor("p", p)
+    expected = f"[{', '.join(lead)}, {q.shape[-2]} or {k.shape[-2]} heads, {q.shape[-1]}]"
+    good_heads = p.dim() == q.dim() and p.shape[-2] in (q.shape[-2], k.shape[-2])
+    if not good_heads or p.shape[-1] != q.shape[-1] or p.shape[:-2] != q.shape[:-2]:
+        raise ValueError(f"p must have shape {expected}; got {_shape(p)}")
+    _same("dtype", "p", p.dtype, "q", q.dtype, TypeError)
+    _same("device", "p", p.device, "q", q.device, ValueError)
+    return p
+
+
+def _check_per_token(name: str, x: float | Tensor, p: Tensor, lead: tuple[str, ...]) -> float | Tensor:
+    if not isinstance(x, Tensor):
+        return _number(name, x, "a number or a tensor")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be a floating-point tensor; got {x.dtype}")
+    _expect_shape(name, x, tuple(p.shape[:-1]), f"[{', '.join(lead)}, heads of p]")
+    _same("device", name, x.device, "q", p.device, ValueError)
+    return x
+
+
+def _check_cu_seqlens(cu: Tensor, q: Tensor) -> int:
+    _tensor("cu_seqlens", cu)
+    if cu.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64; got {cu.dtype}")
+    if cu.dim() != 1 or cu.numel() < 2:
+        raise ValueError(f"cu_seqlens must have shape [N + 1] with N >= 1 sequences; got {_shape(cu)}")
+    _same("device", "cu_seqlens", cu.device, "q", q.device, ValueError)
+    if q.shape[0] != 1:
+        raise ValueError(f"cu_seqlens needs packed sequences in one row, B = 1; q is {_shape(q)}")
+    if _values_readable(cu):
+        if int(cu[0]) != 0:
+            raise ValueError(f"cu_seqlens must start at 0; got {int(cu[0])}")
+        if int(cu[-1]) != q.shape[1]:
+            raise ValueError(f"cu_seqlens must end at T = {q.shape[1]}; got {int(cu[-1])}")
+        if bool((cu.diff() < 0).any()):
+            raise ValueError("cu_seqlens must not decrease")
+    return cu.numel() - 1
+
+
+def _values_readable(x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or (x.device.type != "meta" and os.environ.get("HLA_CHECK") == "1")
+
+
+def _number(name: str, x: float, expected: str = "a number") -> float:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be {expected}; got {type(x).__name__}")
+    if not math.isfinite(x):
+        raise ValueError(f"{name} must be finite; got {x}")
+    return float(x)
+
+
+def _tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+
+
+def _shape(x: Tensor) -> str:
+    return str(list(x.shape))
+
+
+def _expect_shape(name: str, x: Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} ({meaning}); got {_shape(x)}")
+
+
+def _same(what: str, name: str, got: object, other: str, expected: object, error: type[Exception]) -> None:
+    if got != expected:
+        raise error(f"{name} must have the {what} of {other}, {expected}; got {got}")

@@ -1,0 +1,303 @@
+"""The operators as compositions of the primitive: chunk-parallel, O(T), exact, differentiable.
+
+`compose` is the whole mathematics: transform the keys if the operator asks for it, then read the values once per
+`Reading` of the family. The public functions check their arguments and hand them to the dispatch table, which picks a
+fused kernel where one is registered and `compose` otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hla.ops.checks import Call, check_backend, check_call
+from hla.ops.family import readings, transforms_keys
+from hla.ops.layout import Packed
+from hla.ops.linear_attn import CHUNK, compute_dtype
+from hla.ops.state import AHLANState, AHLAState, HLA2State, HLA3State, HLANState, LinearAttnState, State, pack, unpack
+
+PerToken = float | Tensor
+
+
+def compose(call: Call, la: Callable) -> tuple[Tensor, State | None]:
+    """Any operator from calls of the primitive ``la`` (see `family`)."""
+    c, dtype = call, compute_dtype(call.q, call.v)
+    plan = readings(c.op, c.order)
+    want = c.output_final_state
+    S0, moments0, ones0 = None, [None] * len(plan), [None] * len(plan)
+    if c.initial_state is not None:
+        S0, moments0, ones0 = unpack(c.op, c.order, c.initial_state)
+    shared = dict(output_final_state=want, cu_seqlens=c.cu_seqlens)
+
+    keys, S = {"k": c.k}, None
+    if transforms_keys(c.op, c.order):
+        keys["k~"], S = la(
+            c.p, c.k, c.k, None if c.g is None else 2 * c.g,
+            gain=c.gain * c.scale, ridge=c.ridge, residual=_if_used(c.ridge, c.p),
+            initial_state=S0, out_dtype=dtype, **shared,
+        )  # fmt: skip
+
+    def read(x: Tensor, initial: list, out_dtype: torch.dtype) -> tuple[Tensor, list]:
+        finals = []
+        for index, (reading, moment) in enumerate(zip(plan, initial, strict=True)):
+            gain, ridge = c.shaping(reading.shaped_by)
+            x, final = la(
+                c.q if reading.query == "q" else c.p, keys[reading.keys], x, c.g,
+                gain=gain * c.scale, ridge=ridge, residual=_if_used(ridge, x),
+                initial_state=moment, out_dtype=out_dtype if index == len(plan) - 1 else dtype, **shared,
+            )  # fmt: skip
+            finals.append(final)
+        return x, finals
+
+    o, moments = read(c.v, moments0, dtype if c.normalize else c.v.dtype)
+    ones = None
+    if c.normalize:
+        ones_v = torch.ones((*c.v.shape[:-1], 1), dtype=dtype, device=c.v.device)
+        initial = [None if x is None else x.unsqueeze(-1) for x in ones0]
+        denominator, ones = read(ones_v, initial, dtype)
+        o = (o / (denominator + c.eps)).to(c.v.dtype)
+    if not want:
+        return o, None
+    return o, pack(c.op, c.order, S, moments, None if ones is None else [x.squeeze(-1) for x in ones])
+
+
+def _if_used(ridge: PerToken, residual: Tensor) -> Tensor | None:
+    return None if isinstance(ridge, float) and ridge == 0.0 else residual
+
+
+def _run(backend: str | None, *args, **kwargs) -> tuple[Tensor, State | None]:
+    from hla.ops import dispatch  # the table lists this module's functions
+
+    check_backend(backend)
+    call = check_call(*args, **kwargs)
+    return dispatch(call.op, "chunk", backend, call.q.device)(call)
+
+
+_ARGS = """
+    Args:
+        q: ``[B, T, HQ, K]``. k: ``[B, T, HKV, K]``. v: ``[B, T, HKV, V]``. One dtype (float64, float32, bfloat16 or
+            float16), any strides, HQ a multiple of HKV, any T >= 0, K and V up to 256.
+        g: log-decay per token ``[B, T, HKV]``, float32, ``<= 0``; None means no decay.
+        scale: factor on every affinity ``q_t . k_j``; None means ``K ** -0.5`` (the paper has 1).
+        normalize: divide by the same operator applied to ``v = 1``, plus eps. That denominator is signed in general and
+            can pass through zero; it is nonnegative when the features, p, gain and ridge are.
+        initial_state: the state to continue from, as returned by an earlier call; None means empty.
+        output_final_state: also return the state after the last token.
+        cu_seqlens: int32 or int64 ``[N + 1]``: N independent sequences packed into one row (B = 1), sequence n being
+            tokens ``cu_seqlens[n] .. cu_seqlens[n + 1] - 1``. States then have N rows.
+        backend: None chooses by device; "torch" or "triton" by name never falls back.
+"""
+_SHAPING = """        p: inner query: "q", "k", or a tensor ``[B, T, HQ or HKV, K]``.
+        gain, ridge: float or per token ``[B, T, heads of p]``, any sign: {shapes}
+"""
+_RETURNS = """
+    Returns:
+        o ``[B, T, HQ, V]`` in the dtype of v, and the final {state} in float32 (float64 for float64 inputs), or None.
+
+    Raises:
+        ValueError, TypeError: with the name of the argument that does not fit.
+    """
+
+
+def _document(shapes: str, state: type, extra: str = "") -> Callable:
+    def add(function: Callable) -> Callable:
+        shaping = _SHAPING.format(shapes=shapes) if shapes else ""
+        function.__doc__ = (function.__doc__ or "") + _ARGS + shaping + extra + _RETURNS.format(state=state.__name__)
+        return function
+
+    return add
+
+
+@_document(
+    "", LinearAttnState,
+    "        causal: False lets every token read the whole sequence (encoders); then g and states must not be given.\n",
+)  # fmt: skip
+def linear_attn(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: LinearAttnState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    causal: bool = True,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """First-order linear attention, ``o_t = scale * sum_{j<=t} exp(c_t - c_j) (q_t . k_j) v_j``.
+
+    (Katharopoulos et al. 2020 without a feature map; Zhang et al. 2025, section 2.2.)
+    """
+    common = dict(g=g, scale=scale, normalize=normalize, eps=eps, cu_seqlens=cu_seqlens)
+    common |= dict(initial_state=initial_state, output_final_state=output_final_state)
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be True or False; got {causal!r}")
+    if causal:
+        return _run(backend, "linear_attn", q, k, v, **common)
+    if g is not None or initial_state is not None or output_final_state:
+        raise ValueError("causal=False has no order in time: g, initial_state and output_final_state must not be given")
+    check_backend(backend)
+    if backend == "triton":
+        raise ValueError("causal=False is two matrix products and has no Triton kernel; use backend=None or 'torch'")
+    return _full_sequence(check_call("linear_attn", q, k, v, **common)), None
+
+
+def _full_sequence(c: Call) -> Tensor:
+    """``o_t = scale * (sum_j k_j v_j^T)^T q_t`` over the whole sequence: two matrix products."""
+    dtype = compute_dtype(c.q, c.v)
+    heads = c.k.shape[2]
+    if c.cu_seqlens is None:
+        q, k, v = (x.to(dtype).transpose(1, 2) for x in (c.q, c.k, c.v))
+        P, m = k.mT @ v, k.sum(2)[..., None]  # [B, HKV, K, V], [B, HKV, K, 1]
+        grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # queries of one group as rows
+        numerator, denominator = (
+            (c.scale * grouped @ x).unflatten(2, (-1, q.shape[2])).flatten(1, 2).transpose(1, 2) for x in (P, m)
+        )
+    else:
+        layout = Packed(c.cu_seqlens, c.q.shape[1], CHUNK)
+        q, k, v = (layout.load(x, 0, layout.num_chunks, dtype)[0] for x in (c.q, c.k, c.v))  # [M, H, C, D]
+        grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)
+
+        def read(per_chunk: Tensor) -> Tensor:
+            total = per_chunk.new_zeros(layout.sequences, *per_chunk.shape[1:]).index_add(0, layout.sequence, per_chunk)
+            y = c.scale * grouped @ total[layout.sequence]
+            y = y.unflatten(2, (-1, q.shape[2])).flatten(1, 2)[None]
+            out = layout.new_output((1, c.q.shape[1], c.q.shape[2], y.shape[-1]), y, dtype)
+            layout.store(out, y, 0, layout.num_chunks)
+            return layout.finish_output(out)
+
+        numerator, denominator = read(k.mT @ v), read(k.sum(2)[..., None])
+    o = numerator / (denominator + c.eps) if c.normalize else numerator
+    return o.to(c.v.dtype)
+
+
+@_document("``k~_j = gain_j scale S_j p_j + ridge_j p_j``.", HLA2State)
+def hla2(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    p: str | Tensor | None = "q",
+    ridge: PerToken = 0.0,
+    gain: PerToken = 1.0,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: HLA2State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """Second-order linear attention ``tril(W W^T) V`` (Zhang et al. 2025, eqs. 3.3, 3.4 and Theorem 3.1).
+
+    ``W`` is the decayed causal affinity. Linear attention whose keys went through linear attention:
+    ``k~ = LA(q, k, k; 2g)``, ``o = LA(q, k~, v; g)``.
+    """
+    return _run(
+        backend, "hla2", q, k, v, g=g, p=p, ridge=ridge, gain=gain, scale=scale, normalize=normalize, eps=eps,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+@_document(
+    "each inner reading gives ``gain scale LA(p, k, x; g) + ridge x``.", AHLAState,
+    f"        order: n >= 1. The state of an order other than 2 is an {AHLANState.__name__}.\n",
+)  # fmt: skip
+def ahla(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    order: int = 2,
+    g: Tensor | None = None,
+    p: str | Tensor | None = "q",
+    ridge: PerToken = 0.0,
+    gain: PerToken = 1.0,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: AHLAState | AHLANState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """Asymmetric higher-order linear attention ``W^n V`` (n = 2: Zhang et al. 2025, eq. 6.1 and Theorem 6.1).
+
+    Linear attention whose values went through linear attention: ``v~ = LA(p, k, v; g)``, ``o = LA(q, k, v~; g)``.
+    """
+    if order is None:
+        raise TypeError("order must be an integer; got None")
+    return _run(
+        backend, "ahla", q, k, v, order=order, g=g, p=p, ridge=ridge, gain=gain, scale=scale, normalize=normalize,
+        eps=eps, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+@_document(
+    "``k~_j = gain_j scale S_j p_j + ridge_j p_j``.", HLA3State,
+    "        value_gain, value_ridge: the same for ``v~_j = value_gain_j scale P_j^T p_j + value_ridge_j v_j``.\n",
+)  # fmt: skip
+def hla3(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    p: str | Tensor | None = "q",
+    ridge: PerToken = 0.0,
+    gain: PerToken = 1.0,
+    value_ridge: PerToken = 0.0,
+    value_gain: PerToken = 1.0,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: HLA3State | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """Third-order linear attention ``tril(W W^T) W V``: keys and values both went through linear attention.
+
+    ``k~ = LA(p, k, k; 2g)``, ``v~ = LA(p, k, v; g)``, ``o = LA(q, k~, v~; g)``. (The recurrence printed as third order
+    in Zhang et al. 2025, section 7, is a different operator.)
+    """
+    return _run(
+        backend, "hla3", q, k, v, g=g, p=p, ridge=ridge, gain=gain, value_ridge=value_ridge, value_gain=value_gain,
+        scale=scale, normalize=normalize, eps=eps, initial_state=initial_state,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+@_document("``k~_j = gain_j scale S_j p_j + ridge_j p_j``.", HLANState, "        order: n >= 1.\n")
+def hla_n(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    order: int,
+    g: Tensor | None = None,
+    p: str | Tensor | None = "q",
+    ridge: PerToken = 0.0,
+    gain: PerToken = 1.0,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    initial_state: HLANState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """Order n: ``tril(W W^T)^(n/2) V`` for even n, ``tril(W W^T)^((n-1)/2) W V`` for odd n.
+
+    n = 1, 2, 3 are `linear_attn`, `hla2` and `hla3`. Every reading but the last uses p.
+    """
+    return _run(
+        backend, "hla_n", q, k, v, order=order, g=g, p=p, ridge=ridge, gain=gain, scale=scale, normalize=normalize,
+        eps=eps, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip

@@ -1,0 +1,361 @@
+"""The primitive: causal linear attention ``LA(q, k, v; g)`` in chunk form, with its own gradient.
+
+Every operator of this package is one or more calls of `la`. With ``c_t = g_1 + ... + g_t`` (log-decay, ``g <= 0``):
+
+    inclusive  o_t = sum_{j<=t} exp(c_t - c_j)     (q_t . k_j) v_j
+    strict     o_t = sum_{j<t}  exp(c_{t-1} - c_j) (q_t . k_j) v_j
+    reversed   o_t = sum_{j>=t} exp(c_j - c_t)     (q_t . k_j) v_j
+
+**Chunk form.** Inside a chunk of C tokens this is ``((Q K^T) * E) V``; what lies before the chunk arrives through the
+state ``P = sum_j exp(...) k_j v_j^T``. All three kinds are one computation with different numbers: a *read* weight per
+token (how much a state entering its chunk has decayed when the token reads it), a *write* weight (how much the token's
+own ``k v^T`` has decayed when the chunk is left), and a direction. All exponents are <= 0, so nothing overflows.
+
+**Gradient.** The adjoint of LA is LA (with read and write exchanged and the direction turned):
+``dq = LA(do, v, k)``, ``dk = LA^r(v, do, q)``, ``dv = LA^r(k, q, do)``. One walk against the direction of the forward
+pass computes all three from the same two C x C matrices; it recomputes the states of a block of chunks from the one
+state per block that the forward pass kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hla.ops.layout import Packed, Uniform
+
+CHUNK = 64
+# Chunks are worked on in blocks of about this many numbers per operand, so that what one block needs stays in cache.
+BLOCK_NUMBERS = 1 << 18
+
+MODES = ("inclusive", "strict", "reversed")
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if anything is float64, else float32: the dtype of states and accumulators."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+def la(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor | None = None,
+    *,
+    gain: float | Tensor = 1.0,
+    ridge: float | Tensor = 0.0,
+    residual: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+    mode: str = "inclusive",
+    cu_seqlens: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """``o = gain * LA(q, k, v; g) + ridge * residual``: linear attention with the affine end every composition needs.
+
+    Args:
+        q: ``[B, T, Hq, K]``; k: ``[B, T, Hk, K]``; v: ``[B, T, Hv, V]``; g: ``[B, T, Hg]`` log-decay or None. The head
+            counts are independent as long as, of any two, one divides the other; head h of the larger uses head
+            ``h // group`` of the smaller, which is never repeated in memory.
+        gain: float or ``[B, T, Hq]``. ridge: float or ``[B, T, Hq]``, with residual ``[B, T, Hr, V]``.
+        initial_state: ``[B or N, Hs, K, V]`` with ``Hs = max(Hk, Hv, Hg)``.
+        cu_seqlens: ``[N + 1]``; B must be 1.
+        out_dtype: dtype of o; by default that of v.
+
+    Inputs may be any mix of float64, float32, bfloat16 and float16; all sums are in float32 (float64 if any input is).
+    The arguments are trusted here: `hla.ops.checks` has the checks of the public functions.
+
+    Returns:
+        o ``[B, T, max of all head counts, V]`` and the final state (float32 / float64), or None.
+    """
+    # One tensor in several roles (k as keys and values, p as query and residual) is loaded, and its gradient stored, once.
+    roles = [q, k, v] if residual is None else [q, k, v, residual]
+    tensors: list[Tensor] = []
+    where = []
+    for x in roles:
+        found = next((i for i, y in enumerate(tensors) if y is x), None)
+        where.append(len(tensors) if found is None else found)
+        if found is None:
+            tensors.append(x)
+    plan = _Plan(
+        where=tuple(where),
+        mode=mode,
+        gain=1.0 if isinstance(gain, Tensor) else float(gain),
+        ridge=0.0 if isinstance(ridge, Tensor) else float(ridge),
+        out_dtype=out_dtype or v.dtype,
+        output_final_state=output_final_state,
+    )
+    gain_t = gain if isinstance(gain, Tensor) else None
+    ridge_t = ridge if isinstance(ridge, Tensor) else None
+    o, final = _LinearAttention.apply(plan, g, gain_t, ridge_t, initial_state, cu_seqlens, *tensors)
+    return o, final if output_final_state else None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    where: tuple[int, ...]  # which of the distinct tensors plays q, k, v (and the residual)
+    mode: str
+    gain: float
+    ridge: float
+    out_dtype: torch.dtype
+    output_final_state: bool
+
+
+class _Shape:
+    """Sizes, layout and block boundaries shared by the forward and the backward pass of one call."""
+
+    def __init__(self, plan: _Plan, tensors, g: Tensor | None, cu_seqlens: Tensor | None):
+        q, k, v = (tensors[i] for i in plan.where[:3])
+        self.dtype = compute_dtype(*tensors)
+        self.hq, self.hk, self.hv = q.shape[2], k.shape[2], v.shape[2]
+        self.hg = 1 if g is None else g.shape[2]
+        self.hs = max(self.hk, self.hv, self.hg)  # heads of the state
+        self.ho = max(self.hq, self.hs)  # heads of the output
+        self.batch, self.length, self.K, self.V = q.shape[0], q.shape[1], q.shape[3], v.shape[3]
+        chunk = min(CHUNK, max(16, -(-self.length // 16) * 16))
+        self.layout = (
+            Uniform(self.batch, self.length, chunk) if cu_seqlens is None else Packed(cu_seqlens, self.length, chunk)
+        )
+        step = max(1, BLOCK_NUMBERS // (self.batch * self.ho * chunk * max(self.K, self.V)))
+        n = self.layout.num_chunks
+        self.blocks = [(first, min(first + step, n)) for first in range(0, n, step)]
+        self.strict, self.reverse = plan.mode == "strict", plan.mode == "reversed"
+
+
+class _Weights:
+    """Decay weights of one block: ``read``, ``write [B, M, Hg, C, 1]``, ``rho [B, M, Hg]``, ``E [B, M, Hg, C, C]``."""
+
+    def __init__(self, shape: _Shape, g: Tensor | None, first: int, last: int):
+        self.shape = shape
+        self.read = self.write = self.rho = self.E = None
+        if g is None:
+            return
+        g = shape.layout.load(g[..., None], first, last, shape.dtype)  # [B, M, Hg, C, 1]
+        c = g.cumsum(3)
+        total = c[..., -1:, :]
+        if shape.reverse:
+            read, write = -c, -c  # exponents relative to the chunk's left edge
+            self.read, self.write = (total - c).exp(), c.exp()
+        else:
+            read, write = (c - g if shape.strict else c), c
+            self.read, self.write = read.exp(), (total - c).exp()
+        self.rho = total[..., 0, 0].exp().repeat_interleave(shape.hs // shape.hg, dim=2)
+        exponent = read - write.mT
+        self.E = exponent.masked_fill_(self._outside(exponent), float("-inf")).exp_()
+
+    def _outside(self, like: Tensor) -> Tensor:
+        ones = torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device)
+        if self.shape.reverse:
+            return ones.tril(-1)
+        return ones.triu(0 if self.shape.strict else 1)
+
+    def mask_(self, scores: Tensor) -> Tensor:
+        """``scores * E`` (the decayed causal mask), in place where the head counts allow it."""
+        if self.E is not None:
+            return _scale_heads(scores, self.E)
+        if self.shape.reverse:
+            return scores.triu_()
+        return scores.tril_(-1 if self.shape.strict else 0)
+
+
+class _LinearAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: _Plan, g, gain, ridge, initial_state, cu_seqlens, *tensors):
+        shape = _Shape(plan, tensors, g, cu_seqlens)
+        layout = shape.layout
+        out_shape = (shape.batch, shape.length, shape.ho, shape.V)
+        o = layout.new_output(out_shape, tensors[0], plan.out_dtype)
+        walk = layout.walk(_state_or_zeros(initial_state, shape, tensors[0]), shape.reverse)
+        entries = []  # the state entering each block, for the backward pass
+        for first, last in reversed(shape.blocks) if shape.reverse else shape.blocks:
+            entries.append(walk.carry)
+            q, k, v, residual = _load_roles(shape, plan, tensors, first, last)
+            w = _Weights(shape, g, first, last)
+            q, _ = _times_gain(shape, plan, q, gain, first, last)
+            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.rho, first, last)
+            y = _mm(w.mask_(_mm(q, k.mT)), v)
+            y = _add(y, _mm(_scaled(q, w.read), states))
+            if residual is not None:
+                y = _add(y, _scaled(residual, _per_token(shape, ridge, plan.ridge, first, last)))
+            layout.store(o, y, first, last)
+        ctx.plan, ctx.num_tensors = plan, len(tensors)
+        ctx.set_materialize_grads(False)
+        final = walk.final.clone()
+        ctx.save_for_backward(g, gain, ridge, initial_state, cu_seqlens, final, torch.stack(entries) if entries else None, *tensors)
+        return layout.finish_output(o), final
+
+    @staticmethod
+    def backward(ctx, do, dfinal):
+        if torch.is_grad_enabled():  # create_graph=True; the terms it would miss must not be missed silently
+            raise RuntimeError("double backward through HLA operators (create_graph=True) is not supported")
+        g, gain, ridge, initial_state, cu_seqlens, final, entries, *tensors = ctx.saved_tensors
+        plan = ctx.plan
+        need_g, need_gain, need_ridge, need_initial = ctx.needs_input_grad[1:5]
+        need = ctx.needs_input_grad[6:]
+        if do is None and dfinal is None:
+            return (None,) * (6 + len(tensors))
+        shape = _Shape(plan, tensors, g, cu_seqlens)
+        layout, dtype = shape.layout, shape.dtype
+        if do is None:
+            do = tensors[0].new_zeros(shape.batch, shape.length, shape.ho, shape.V)
+        new = lambda x, n: layout.new_output((*x.shape[:3], *x.shape[3:]), x, x.dtype) if n else None  # noqa: E731
+        grads = [new(x, n) for x, n in zip(tensors, need, strict=True)]
+        per_token = lambda x, n: layout.new_output((*x.shape, 1), x, dtype) if n and x is not None else None  # noqa: E731
+        dgain, dridge, dc, dread = (per_token(x, n) for x, n in ((gain, need_gain), (ridge, need_ridge), (g, need_g), (g, need_g)))
+        like = final if dfinal is None else dfinal
+        against = layout.walk(torch.zeros_like(like) if dfinal is None else dfinal.to(dtype), not shape.reverse)
+        heads_q, heads_k = max(shape.hq, shape.hg), max(shape.hk, shape.hg)
+
+        order = shape.blocks if shape.reverse else list(reversed(shape.blocks))
+        for index, (first, last) in enumerate(order):
+            q_in, k, v, residual = _load_roles(shape, plan, tensors, first, last)
+            dy = layout.load(do, first, last, dtype)
+            w = _Weights(shape, g, first, last)
+            q, gain_block = _times_gain(shape, plan, q_in, gain, first, last)
+            # States along the forward direction again, and the adjoint states against it.
+            walk = layout.walk(_state_or_zeros(initial_state, shape, final), shape.reverse)
+            walk.carry = entries[len(order) - 1 - index]
+            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.rho, first, last)
+            adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.rho, first, last)
+
+            scores = w.mask_(_mm(q, k.mT))
+            dscores = w.mask_(_mm(dy, v.mT))
+            dq = _sum_heads(_add(_mm(dscores, k), _scaled(_mm(dy, states.mT), w.read)), heads_q)
+            dk = _add(_tmm(dscores, q, heads_k), _sum_heads(_scaled(_mm(v, adjoint.mT), w.write), heads_k))
+            dv = _add(_tmm(scores, dy, shape.hv), _sum_heads(_scaled(_mm(k, adjoint), w.write), shape.hv))
+
+            if need_g:
+                from_q = _sum_heads(_dot(q, dq), shape.hg)
+                from_k = _sum_heads(_dot(k, dk), shape.hg)
+                layout.store(dc, from_k - from_q if shape.reverse else from_q - from_k, first, last)
+                if shape.strict:
+                    layout.store(dread, from_q, first, last)
+            dq, dk = _sum_heads(dq, shape.hq), _sum_heads(dk, shape.hk)
+            if dgain is not None:
+                layout.store(dgain, _dot(q_in, dq), first, last)
+            if gain_block is not None:
+                dq = _scaled(dq, gain_block)
+            elif plan.gain != 1.0:
+                dq = dq * plan.gain
+            contributions = [dq, dk, dv]
+            if residual is not None:
+                if dridge is not None:
+                    layout.store(dridge, _sum_heads(_dot(dy, residual), dridge.shape[2]), first, last)
+                ridged = _scaled(dy, _per_token(shape, ridge, plan.ridge, first, last))
+                contributions.append(_sum_heads(ridged, residual.shape[2]))
+            for i, grad in enumerate(grads):
+                if grad is not None:
+                    mine = [x for x, j in zip(contributions, plan.where, strict=True) if j == i]
+                    layout.store(grad, sum(mine[1:], start=mine[0]), first, last)
+
+        dg = None
+        if need_g:
+            # c at the right-hand end also scales the state there: the final one, or the initial one if reversed.
+            state, dstate = (initial_state, against.final) if shape.reverse else (final, dfinal)
+            at_ends = None
+            if state is not None and dstate is not None:
+                at_ends = (state * dstate).sum((-1, -2)).unflatten(1, (shape.hg, -1)).sum(-1)
+            dg = layout.reverse_cumsum(layout.finish_output(dc)[..., 0], at_ends)
+            if shape.strict:
+                dg = dg - layout.finish_output(dread)[..., 0]
+            dg = dg.to(g.dtype)
+        finish = lambda x: None if x is None else layout.finish_output(x)  # noqa: E731
+        squeeze = lambda x, like: None if x is None else finish(x)[..., 0].to(like.dtype)  # noqa: E731
+        dinitial = against.final.to(initial_state.dtype) if need_initial else None
+        return (None, dg, squeeze(dgain, gain), squeeze(dridge, ridge), dinitial, None, *(finish(x) for x in grads))
+
+
+def _state_or_zeros(state: Tensor | None, shape: _Shape, like: Tensor) -> Tensor:
+    if state is not None:
+        return state.to(shape.dtype)
+    return torch.zeros(shape.layout.sequences, shape.hs, shape.K, shape.V, dtype=shape.dtype, device=like.device)
+
+
+def _load_roles(shape: _Shape, plan: _Plan, tensors, first: int, last: int) -> list[Tensor | None]:
+    loaded = [shape.layout.load(x, first, last, shape.dtype) for x in tensors]
+    roles: list[Tensor | None] = [loaded[i] for i in plan.where]
+    return roles if len(roles) == 4 else [*roles, None]
+
+
+def _per_token(shape: _Shape, x: Tensor | None, constant: float, first: int, last: int) -> Tensor | float:
+    return constant if x is None else shape.layout.load(x[..., None], first, last, shape.dtype)
+
+
+def _times_gain(shape: _Shape, plan: _Plan, q: Tensor, gain: Tensor | None, first: int, last: int):
+    """``gain_t o_t`` is what the query ``gain_t q_t`` reads. Returns that query, and the gain if it is a tensor."""
+    if gain is None:
+        return (q if plan.gain == 1.0 else q * plan.gain), None
+    block = shape.layout.load(gain[..., None], first, last, shape.dtype)
+    return q * block, block
+
+
+# -- products between operands of different head counts; the smaller operand is never repeated ----------------------
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``[B, M, Ha, r, s] @ [B, M, Hb, s, t] -> [B, M, max(Ha, Hb), r, t]``: groups become extra rows or columns."""
+    ha, hb = a.shape[2], b.shape[2]
+    if ha == hb:
+        return a @ b
+    if ha > hb:
+        return (a.unflatten(2, (hb, ha // hb)).flatten(3, 4) @ b).unflatten(3, (ha // hb, a.shape[3])).flatten(2, 3)
+    return _mm(b.mT, a.mT).mT
+
+
+def _tmm(a: Tensor, b: Tensor, heads: int) -> Tensor:
+    """``a^T b`` summed over groups down to ``heads``: the groups become part of the contraction."""
+    n = a.shape[2]
+    if n != b.shape[2] or n < heads:
+        return _sum_heads(_mm(a.mT, b), heads)
+    if n > heads:
+        a, b = (x.unflatten(2, (heads, n // heads)).flatten(3, 4) for x in (a, b))
+    return a.mT @ b
+
+
+def _outer(a: Tensor, b: Tensor, heads: int) -> Tensor:
+    """``sum_t a_t b_t^T`` per chunk with at least ``heads`` heads, summed over groups above that."""
+    x = _tmm(a, b, min(heads, max(a.shape[2], b.shape[2])))
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
+
+
+def _sum_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[2] <= heads else x.unflatten(2, (heads, -1)).sum(3)
+
+
+def _scale_heads(x: Tensor, w: Tensor) -> Tensor:
+    """``x * w`` for head counts of which one divides the other; in place if x has at least as many."""
+    hx, hw = x.shape[2], w.shape[2]
+    if hx >= hw:
+        x.unflatten(2, (hw, hx // hw)).mul_(w.unsqueeze(3))
+        return x
+    return (x.unsqueeze(3) * w.unflatten(2, (hx, hw // hx))).flatten(2, 3)
+
+
+def _scaled(x: Tensor, w: Tensor | float | None) -> Tensor:
+    if w is None:
+        return x
+    if isinstance(w, float):
+        return x * w
+    return x * w if x.shape[2] == w.shape[2] else _scale_heads(x.clone(), w)
+
+
+def _add(x: Tensor, y: Tensor) -> Tensor:
+    """``x + y`` for head counts of which one divides the other, in place where possible."""
+    if x.shape[2] < y.shape[2]:
+        x, y = y, x
+    if x.shape[2] == y.shape[2]:
+        return x.add_(y)
+    x.unflatten(2, (y.shape[2], -1)).add_(y.unsqueeze(3))
+    return x
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """``x_t . y_t`` as ``[B, M, max heads, C, 1]``."""
+    hx, hy = x.shape[2], y.shape[2]
+    if hx == hy:
+        return (x * y).sum(-1, keepdim=True)
+    if hx < hy:
+        x, y, hx, hy = y, x, hy, hx
+    return (x.unflatten(2, (hy, -1)) * y.unsqueeze(3)).sum(-1, keepdim=True).flatten(2, 3)

@@ -1,0 +1,177 @@
+"""The operators one token at a time: the form that decodes, and the plainest statement of what the states mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hla.ops.checks import Call, check_call, check_state, check_state_indices
+from hla.ops.family import readings, transforms_keys
+from hla.ops.linear_attn import compute_dtype
+from hla.ops.state import State, pack, unpack, zeros
+
+
+def step(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: State | None,
+    *,
+    order: int | None = None,
+    g: Tensor | None = None,
+    p: str | Tensor | None = "q",
+    ridge: float | Tensor = 0.0,
+    gain: float | Tensor = 1.0,
+    scale: float | None = None,
+    normalize: bool = False,
+    eps: float = 1e-6,
+    value_ridge: float | Tensor = 0.0,
+    value_gain: float | Tensor = 1.0,
+    out_state: State | None = None,
+    state_indices: Tensor | None = None,
+) -> tuple[Tensor, State]:
+    """One token of an operator: update the state, then read it. Cost and memory do not depend on the position.
+
+    Args:
+        op: "linear_attn", "hla2", "ahla", "hla3" or "hla_n" (with ``order``; ahla's order defaults to 2).
+        q: ``[B, HQ, K]``. k: ``[B, HKV, K]``. v: ``[B, HKV, V]``. g: ``[B, HKV]``. p: "q", "k" or ``[B, HQ or HKV, K]``.
+        gain, ridge, value_gain, value_ridge: float or ``[B, heads of p]``.
+        state: what an earlier call returned (B rows), or None for the empty state.
+        out_state: where the new state is written; it may be ``state`` itself (in place), and is returned.
+        state_indices: int ``[B]``: row b of the batch uses row ``state_indices[b]`` of ``state`` and ``out_state``, which
+            may have any number of rows (the slots of an engine). Without ``out_state``, a copy of ``state`` with those
+            rows replaced is returned. No slot may be named twice.
+
+    Returns:
+        o ``[B, HQ, V]`` in the dtype of v, and the new state.
+
+    Raises:
+        ValueError, TypeError: with the name of the argument that does not fit.
+    """
+    slots = None
+    if state_indices is not None:
+        held = state if state is not None else out_state
+        if held is None:
+            raise ValueError("state_indices picks rows of state, which is None (with out_state None too)")
+        slots = next((x.shape[0] for x in held if isinstance(x, Tensor)), 0) if isinstance(held, tuple) else 0
+    call = check_call(
+        op, q, k, v, order=order, g=g, p=p, ridge=ridge, gain=gain, scale=scale, normalize=normalize, eps=eps,
+        value_ridge=value_ridge, value_gain=value_gain, initial_state=state, one_token=True, slots=slots,
+        state_name="state",
+    )  # fmt: skip
+    rows = q.shape[0] if slots is None else slots
+    if out_state is not None:
+        check_state(call, out_state, rows, "out_state")
+    if state_indices is None:
+        o, new = update(call, state if state is not None else empty_state(call, rows))
+        return o, new if out_state is None else _write(new, out_state, None)
+
+    check_state_indices(state_indices, q.shape[0], rows, q.device)
+    index = state_indices.long()
+    source = state if state is not None else empty_state(call, rows)
+    o, new = update(call, _map(lambda x: x[index], source))
+    return o, _write(new, _map(Tensor.clone, source) if out_state is None else out_state, index)
+
+
+def empty_state(call: Call, batch: int) -> State:
+    """The empty state that fits a call."""
+    return zeros(
+        call.op, batch, call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1], order=call.order,
+        p_heads=call.p.shape[-2], normalize=call.normalize, dtype=compute_dtype(call.q, call.v), device=call.q.device,
+    )  # fmt: skip
+
+
+def update(call: Call, state: State) -> tuple[Tensor, State]:
+    """The recurrence of one token, tensors ``[B, H, D]``: ``moment <- exp(g) moment + key x^T``, then ``x <- reading``."""
+    c, dtype = call, compute_dtype(call.q, call.v)
+    S, moments, ones = unpack(c.op, c.order, state)
+    q, k, v, p = (x.to(dtype) for x in (c.q, c.k, c.v, c.p))
+    decay = None if c.g is None else c.g.to(dtype).exp()
+
+    keys = {"k": k}
+    if transforms_keys(c.op, c.order):
+        S = _accumulate(S, k, k, None if decay is None else decay * decay)
+        keys["k~"] = _shape(_read(p, S) * c.scale, p, c.gain, c.ridge)
+
+    def read(x: Tensor, old: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        new = []
+        for reading, moment in zip(readings(c.op, c.order), old, strict=True):
+            moment = _accumulate(moment, keys[reading.keys], x, decay)
+            new.append(moment)
+            gain, ridge = c.shaping(reading.shaped_by)
+            x = _shape(_read(q if reading.query == "q" else p, moment) * c.scale, x, gain, ridge)
+        return x, new
+
+    o, moments = read(v, moments)
+    if c.normalize:
+        assert ones is not None
+        denominator, ones = read(torch.ones_like(v[..., :1]), [x.unsqueeze(-1) for x in ones])
+        o = o / (denominator + c.eps)
+        ones = [x.squeeze(-1) for x in ones]
+    return o.to(c.v.dtype), pack(c.op, c.order, S, moments, ones)
+
+
+def loop(call: Call) -> tuple[Tensor, State | None]:
+    """A whole sequence as a loop over tokens: same arguments and results as the chunk form, O(1) state, O(T) steps."""
+    c = call
+    if c.cu_seqlens is None:
+        borders, batch = [0, c.q.shape[1]], c.q.shape[0]
+    else:
+        borders, batch = c.cu_seqlens.tolist(), len(c.cu_seqlens) - 1
+    initial = c.initial_state if c.initial_state is not None else empty_state(c, batch)
+    outputs, finals = [], []
+    for n, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+        state = initial if c.cu_seqlens is None else _map(lambda x, n=n: x[n : n + 1], initial)
+        for t in range(start, end):
+            at = lambda x, t=t: x[:, t] if isinstance(x, Tensor) else x  # noqa: E731
+            token = Call(
+                c.op, c.order, at(c.q), at(c.k), at(c.v), at(c.g), at(c.p), at(c.ridge), at(c.gain),
+                at(c.value_ridge), at(c.value_gain), c.scale, c.normalize, c.eps, None, True, None,
+            )  # fmt: skip
+            o, state = update(token, state)
+            outputs.append(o)
+        finals.append(state)
+    o = torch.stack(outputs, 1) if outputs else c.v.new_zeros(c.q.shape[0], 0, c.q.shape[2], c.v.shape[3])
+    if not c.output_final_state:
+        return o, None
+    return o, finals[0] if c.cu_seqlens is None else _map(lambda *x: torch.cat(x), *finals)
+
+
+def _accumulate(moment: Tensor, key: Tensor, x: Tensor, decay: Tensor | None) -> Tensor:
+    """``exp(g) moment + key x^T``; ``moment [B, H, K, V]``, key and x with heads of which one divides the other."""
+    heads = moment.shape[1]
+    if decay is not None:
+        moment = moment * _to_heads(decay, heads)[..., None, None]
+    return moment + _to_heads(key, heads).unsqueeze(-1) * _to_heads(x, heads).unsqueeze(-2)
+
+
+def _read(query: Tensor, moment: Tensor) -> Tensor:
+    """``moment^T query``; the queries of a group read the one moment they share."""
+    grouped = query.unflatten(1, (moment.shape[1], -1))
+    return (grouped @ moment).flatten(1, 2)
+
+
+def _shape(x: Tensor, residual: Tensor, gain: float | Tensor, ridge: float | Tensor) -> Tensor:
+    if isinstance(gain, Tensor):
+        x = x * gain[..., None]
+    elif gain != 1.0:
+        x = x * gain
+    if isinstance(ridge, Tensor):
+        return x + ridge[..., None] * _to_heads(residual, x.shape[1])
+    return x + ridge * _to_heads(residual, x.shape[1]) if ridge != 0.0 else x
+
+
+def _to_heads(x: Tensor, heads: int) -> Tensor:
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _map(function, state: State, *more: State) -> State:
+    return type(state)(*(None if x[0] is None else function(*x) for x in zip(state, *more, strict=True)))
+
+
+def _write(new: State, out: State, index: Tensor | None) -> State:
+    for x, target in zip(new, out, strict=True):
+        if target is not None:
+            target.copy_(x) if index is None else target.index_copy_(0, index, x)
+    return out

@@ -1,0 +1,198 @@
+"""Segment summaries: what a piece of a sequence must tell its successors, and how two adjacent pieces become one.
+
+A segment is summarised from its own tokens alone, starting from an empty state. `combine` is associative and has the
+empty segment as identity, so sequences can be cut anywhere and put together in any bracketing: this is what sequence
+parallelism and sequence-split kernels rest on. With ``rho = exp(total g)``, A before B:
+
+    hla2:  S = rhoB^2 S_A + S_B,  Z = Z_A + rhoA Z_B,      F = rhoB (F_A + S_A Z_B) + F_B
+    ahla:  P = rhoB P_A + P_B,    N = N_A + N_B,           E = rhoB (E_A + N_B P_A) + E_B
+    hla3:  S, P as above,         Q = Q_A + rhoA^2 Q_B,    X = X_A + rhoA (X_B + Q_B P_A),   Y = Y_A + Y_B + S_A Q_B,
+           F = rhoB (F_A + S_A X_B + Y_B P_A + S_A Q_B P_A) + F_B
+
+The tuples Z, N, Q, X, Y are how a segment will answer to what comes before it. (Zhang et al. 2025, sections 4.2, 6.2 and
+7.2 give such algebras; theirs are associative without decay only, and need O(K^3 V) maps at third order.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hla.ops.checks import Call, check_call
+from hla.ops.linear_attn import compute_dtype, la
+from hla.ops.state import AHLAState, HLA2State, HLA3State, LinearAttnState, State
+
+
+class LinearAttnSegment(NamedTuple):
+    """``log_decay [B, HKV]`` (total g), ``P [B, HKV, K, V]``."""
+
+    log_decay: Tensor
+    P: Tensor
+
+
+class HLA2Segment(NamedTuple):
+    """``S [B, HKV, K, K]``; ``Z = sum_j exp(c_j - c_start) gain_j scale p_j v_j^T`` and ``F [B, HP, K, V]``."""
+
+    log_decay: Tensor
+    S: Tensor
+    Z: Tensor
+    F: Tensor
+
+
+class AHLASegment(NamedTuple):
+    """``P [B, HKV, K, V]``, ``N = sum_j gain_j scale k_j p_j^T [B, HP, K, K]`` (no decay), ``E [B, HP, K, V]``."""
+
+    log_decay: Tensor
+    P: Tensor
+    N: Tensor
+    E: Tensor
+
+
+class HLA3Segment(NamedTuple):
+    """``S``, ``P`` per HKV; ``Q [K, K]`` of p p^T, ``X [K, V]`` of p v~^T, ``Y [K, K]`` of k~ p^T, ``F [K, V]`` per HP."""
+
+    log_decay: Tensor
+    S: Tensor
+    P: Tensor
+    Q: Tensor
+    X: Tensor
+    Y: Tensor
+    F: Tensor
+
+
+Segment = LinearAttnSegment | HLA2Segment | AHLASegment | HLA3Segment
+
+
+def summarize(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    g: Tensor | None = None,
+    p: str | Tensor | None = "q",
+    ridge: float | Tensor = 0.0,
+    gain: float | Tensor = 1.0,
+    value_ridge: float | Tensor = 0.0,
+    value_gain: float | Tensor = 1.0,
+    scale: float | None = None,
+) -> Segment:
+    """The summary of a segment for "linear_attn", "hla2", "ahla" (order 2) or "hla3"; arguments as for the operator."""
+    if op == "hla_n":
+        raise ValueError("segment summaries exist for linear_attn, hla2, ahla and hla3; got 'hla_n'")
+    c = check_call(
+        op, q, k, v, g=g, p=p, ridge=ridge, gain=gain, value_ridge=value_ridge, value_gain=value_gain, scale=scale
+    )
+    dtype = compute_dtype(q, v)
+    decay = torch.zeros(k.shape[:3], dtype=dtype, device=k.device) if c.g is None else c.g.to(dtype)
+    since_start = decay.cumsum(1)
+    total = decay.sum(1)
+    until_end = total[:, None] - since_start
+    if op == "linear_attn":
+        return LinearAttnSegment(total, _moment(c.k, c.v, until_end))
+    p_gained = _per_token(c.p.to(dtype), c.gain) * c.scale
+    if op == "ahla":
+        values = _transformed(c, c.v, c.g, c.gain, c.ridge)
+        return AHLASegment(
+            total, _moment(c.k, c.v, until_end), _moment(c.k, p_gained), _moment(c.k, values, until_end)
+        )
+    keys = _transformed(c, c.k, None if c.g is None else 2 * c.g, c.gain, c.ridge, residual=c.p)
+    S = _moment(c.k, c.k, 2 * until_end)
+    if op == "hla2":
+        return HLA2Segment(total, S, _moment(p_gained, c.v, since_start), _moment(keys, c.v, until_end))
+    values = _transformed(c, c.v, c.g, c.value_gain, c.value_ridge)
+    p_value_gained = _per_token(c.p.to(dtype), c.value_gain) * c.scale
+    return HLA3Segment(
+        total,
+        S,
+        _moment(c.k, c.v, until_end),
+        _moment(p_gained, p_value_gained, 2 * since_start),
+        _moment(p_gained, values, since_start),
+        _moment(keys, p_value_gained),
+        _moment(keys, values, until_end),
+    )
+
+
+def combine(a: Segment, b: Segment) -> Segment:
+    """The summary of segment ``a`` directly followed by segment ``b``."""
+    if type(a) is not type(b):
+        raise TypeError(f"segments of one operator can be combined; got {type(a).__name__} and {type(b).__name__}")
+    total = a.log_decay + b.log_decay
+    if isinstance(a, LinearAttnSegment):
+        return LinearAttnSegment(total, _decayed(a.P, b) + b.P)
+    if isinstance(a, HLA2Segment):
+        return HLA2Segment(
+            total, _decayed(a.S, b, 2) + b.S, a.Z + _decayed(b.Z, a), _decayed(a.F + _mm(a.S, b.Z), b) + b.F
+        )
+    if isinstance(a, AHLASegment):
+        return AHLASegment(total, _decayed(a.P, b) + b.P, a.N + b.N, _decayed(a.E + _mm(b.N, a.P), b) + b.E)
+    S_Q = _mm(a.S, b.Q)
+    return HLA3Segment(
+        total,
+        _decayed(a.S, b, 2) + b.S,
+        _decayed(a.P, b) + b.P,
+        a.Q + _decayed(b.Q, a, 2),
+        a.X + _decayed(b.X + _mm(b.Q, a.P), a),
+        a.Y + b.Y + S_Q,
+        _decayed(a.F + _mm(a.S, b.X) + _mm(b.Y + S_Q, a.P), b) + b.F,
+    )
+
+
+def empty(segment: Segment) -> Segment:
+    """The empty segment of the same kind and shape: the identity of `combine`."""
+    return type(segment)(*(torch.zeros_like(x) for x in segment))
+
+
+def advance(state: State, segment: Segment) -> State:
+    """The state after a segment, given the state before it: the part of `combine` that streams."""
+    b = segment
+    if isinstance(state, LinearAttnState) and isinstance(b, LinearAttnSegment):
+        return LinearAttnState(_decayed(state.P, b) + b.P)
+    if isinstance(state, HLA2State) and isinstance(b, HLA2Segment):
+        return HLA2State(_decayed(state.S, b, 2) + b.S, _decayed(state.F + _mm(state.S, b.Z), b) + b.F)
+    if isinstance(state, AHLAState) and isinstance(b, AHLASegment):
+        return AHLAState(_decayed(state.P, b) + b.P, _decayed(state.E + _mm(b.N, state.P), b) + b.E)
+    if isinstance(state, HLA3State) and isinstance(b, HLA3Segment):
+        read = _mm(state.S, b.X) + _mm(b.Y + _mm(state.S, b.Q), state.P)
+        return HLA3State(
+            _decayed(state.S, b, 2) + b.S, _decayed(state.P, b) + b.P, _decayed(state.F + read, b) + b.F
+        )
+    raise TypeError(f"a {type(segment).__name__} can't advance a {type(state).__name__}")
+
+
+def _transformed(c: Call, x: Tensor, g, gain, ridge, residual: Tensor | None = None) -> Tensor:
+    """k~ or v~ of the segment itself: ``gain * scale * LA(p, k, x; g) + ridge * residual``."""
+    residual = x if residual is None else residual
+    return la(c.p, c.k, x, g, gain=gain * c.scale, ridge=ridge, residual=residual, out_dtype=compute_dtype(c.q, c.v))[0]
+
+
+def _per_token(x: Tensor, w: float | Tensor) -> Tensor:
+    return x * w[..., None] if isinstance(w, Tensor) else x * w
+
+
+def _moment(a: Tensor, b: Tensor, exponent: Tensor | None = None) -> Tensor:
+    """``sum_t exp(exponent_t) a_t b_t^T [B, H, Da, Db]`` of ``[B, T, H, D]`` tensors, H the larger head count."""
+    dtype = torch.promote_types(compute_dtype(a, b), torch.float32)
+    a, b = a.to(dtype), b.to(dtype)
+    if exponent is not None:
+        grouped = a.unflatten(2, (-1, max(1, a.shape[2] // exponent.shape[2])))
+        a = (grouped * exponent.exp()[..., None, None]).flatten(2, 3)
+    a, b = a.transpose(1, 2), b.transpose(1, 2)
+    heads = max(a.shape[1], b.shape[1])
+    small = min(a.shape[1], b.shape[1])
+    a, b = (x.unflatten(1, (small, -1)) for x in (a, b))
+    return (a.mT @ b).flatten(1, 2).reshape(a.shape[0], heads, a.shape[-1], b.shape[-1])
+
+
+def _decayed(x: Tensor, by: Segment, power: int = 1) -> Tensor:
+    """``x * rho^power`` of the segment ``by``."""
+    rho = (power * by.log_decay).exp()
+    return (x.unflatten(1, (rho.shape[1], -1)) * rho[..., None, None, None]).flatten(1, 2)
+
+
+def _mm(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` for ``[B, H, r, s]`` of which one head count divides the other."""
+    small = min(a.shape[1], b.shape[1])
+    return (a.unflatten(1, (small, -1)) @ b.unflatten(1, (small, -1))).flatten(1, 2)

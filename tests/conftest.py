@@ -1,0 +1,37 @@
+"""Shared by all tests: uninitialised memory is NaN, so reading it before writing is seen; float64 helpers."""
+
+import os
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "hla", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("hla")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _fill_empty_with_nan():
+    """Fresh memory from ``torch.empty`` and friends holds NaN, as it may in the wild."""
+    patch = pytest.MonkeyPatch()
+
+    def filled(original):
+        def function(*args, **kwargs):
+            x = original(*args, **kwargs)
+            return x.fill_(float("nan")) if x.is_floating_point() and not x.is_meta else x
+
+        return function
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        patch.setattr(owner, name, filled(getattr(owner, name)))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
