@@ -150,23 +150,23 @@ def linear_attn(
 def _full_sequence(c: Call) -> Tensor:
     """``o_t = scale * (sum_j k_j v_j^T)^T q_t`` over the whole sequence: two matrix products."""
     dtype = compute_dtype(c.q, c.v)
-    heads = c.k.shape[2]
+    heads, group = c.k.shape[2], c.q.shape[2] // c.k.shape[2]
     if c.cu_seqlens is None:
         q, k, v = (x.to(dtype).transpose(1, 2) for x in (c.q, c.k, c.v))
         P, m = k.mT @ v, k.sum(2)[..., None]  # [B, HKV, K, V], [B, HKV, K, 1]
-        grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)  # queries of one group as rows
+        grouped = q.unflatten(1, (heads, group)).flatten(2, 3)  # queries of one group as rows
         numerator, denominator = (
-            (c.scale * grouped @ x).unflatten(2, (-1, q.shape[2])).flatten(1, 2).transpose(1, 2) for x in (P, m)
+            (c.scale * grouped @ x).unflatten(2, (group, q.shape[2])).flatten(1, 2).transpose(1, 2) for x in (P, m)
         )
     else:
         layout = Packed(c.cu_seqlens, c.q.shape[1], CHUNK)
         q, k, v = (layout.load(x, 0, layout.num_chunks, dtype)[0] for x in (c.q, c.k, c.v))  # [M, H, C, D]
-        grouped = q.unflatten(1, (heads, -1)).flatten(2, 3)
+        grouped = q.unflatten(1, (heads, group)).flatten(2, 3)
 
         def read(per_chunk: Tensor) -> Tensor:
             total = per_chunk.new_zeros(layout.sequences, *per_chunk.shape[1:]).index_add(0, layout.sequence, per_chunk)
             y = c.scale * grouped @ total[layout.sequence]
-            y = y.unflatten(2, (-1, q.shape[2])).flatten(1, 2)[None]
+            y = y.unflatten(2, (group, q.shape[2])).flatten(1, 2)[None]
             out = layout.new_output((1, c.q.shape[1], c.q.shape[2], y.shape[-1]), y, dtype)
             layout.store(out, y, 0, layout.num_chunks)
             return layout.finish_output(out)

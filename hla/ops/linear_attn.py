@@ -118,7 +118,7 @@ class _Shape:
         self.layout = (
             Uniform(self.batch, self.length, chunk) if cu_seqlens is None else Packed(cu_seqlens, self.length, chunk)
         )
-        step = max(1, BLOCK_NUMBERS // (self.batch * self.ho * chunk * max(self.K, self.V)))
+        step = max(1, BLOCK_NUMBERS // max(1, self.batch * self.ho * chunk * max(self.K, self.V)))
         n = self.layout.num_chunks
         self.blocks = [(first, min(first + step, n)) for first in range(0, n, step)]
         self.strict, self.reverse = plan.mode == "strict", plan.mode == "reversed"
@@ -256,7 +256,7 @@ class _LinearAttention(torch.autograd.Function):
             state, dstate = (initial_state, against.final) if shape.reverse else (final, dfinal)
             at_ends = None
             if state is not None and dstate is not None:
-                at_ends = (state * dstate).sum((-1, -2)).unflatten(1, (shape.hg, -1)).sum(-1)
+                at_ends = (state * dstate).sum((-1, -2)).unflatten(1, (shape.hg, shape.hs // shape.hg)).sum(-1)
             dg = layout.reverse_cumsum(layout.finish_output(dc)[..., 0], at_ends)
             if shape.strict:
                 dg = dg - layout.finish_output(dread)[..., 0]
@@ -321,7 +321,7 @@ def _outer(a: Tensor, b: Tensor, heads: int) -> Tensor:
 
 
 def _sum_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[2] <= heads else x.unflatten(2, (heads, -1)).sum(3)
+    return x if x.shape[2] <= heads else x.unflatten(2, (heads, x.shape[2] // heads)).sum(3)
 
 
 def _scale_heads(x: Tensor, w: Tensor) -> Tensor:
@@ -347,7 +347,7 @@ def _add(x: Tensor, y: Tensor) -> Tensor:
         x, y = y, x
     if x.shape[2] == y.shape[2]:
         return x.add_(y)
-    x.unflatten(2, (y.shape[2], -1)).add_(y.unsqueeze(3))
+    x.unflatten(2, (y.shape[2], x.shape[2] // y.shape[2])).add_(y.unsqueeze(3))
     return x
 
 
@@ -358,4 +358,4 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum(-1, keepdim=True)
     if hx < hy:
         x, y, hx, hy = y, x, hy, hx
-    return (x.unflatten(2, (hy, -1)) * y.unsqueeze(3)).sum(-1, keepdim=True).flatten(2, 3)
+    return (x.unflatten(2, (hy, hx // hy)) * y.unsqueeze(3)).sum(-1, keepdim=True).flatten(2, 3)

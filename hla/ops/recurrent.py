@@ -148,7 +148,7 @@ def _accumulate(moment: Tensor, key: Tensor, x: Tensor, decay: Tensor | None) ->
 
 def _read(query: Tensor, moment: Tensor) -> Tensor:
     """``moment^T query``; the queries of a group read the one moment they share."""
-    grouped = query.unflatten(1, (moment.shape[1], -1))
+    grouped = query.unflatten(1, (moment.shape[1], query.shape[1] // moment.shape[1]))
     return (grouped @ moment).flatten(1, 2)
 
 
