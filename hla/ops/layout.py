@@ -31,6 +31,7 @@ class Uniform:
         return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
     def new_output(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+        """``[B, T, H, D]`` to be filled by `store`."""
         return torch.empty(shape, dtype=dtype, device=like.device)
 
     def store(self, out: Tensor, y: Tensor, first: int, last: int) -> None:
@@ -84,8 +85,7 @@ class Packed:
         if x.shape[1] == 0:
             rows = x.new_zeros(span.stop - span.start, *x.shape[2:], dtype=dtype)
         else:
-            rows = x[0].index_select(0, self.read[span]).to(dtype)
-            rows = rows.masked_fill(~self.valid[span, None, None], 0)
+            rows = x[0].index_select(0, self.read[span]).masked_fill_(~self.valid[span, None, None], 0).to(dtype)
         return rows.unflatten(0, (last - first, self.chunk)).transpose(1, 2).contiguous()[None]
 
     def new_output(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,21 +112,42 @@ class Packed:
 
 
 class _UniformWalk:
-    """The recurrence ``x <- rho x + u`` over the chunks of B sequences, a block of chunks at a time."""
+    """The recurrence ``x <- rho x + u`` over the chunks of B sequences, a block of chunks at a time.
+
+    Within a block of M chunks it is one matrix product with the (M + 1) x (M + 1) lower-triangular matrix of decays
+    between chunk borders: M is small, and M products with tiny operands would cost more than the arithmetic.
+    """
 
     def __init__(self, initial: Tensor, reverse: bool):
         self.carry, self.reverse = initial, reverse
 
-    def block(self, u: Tensor, rho: Tensor | None, first: int, last: int) -> Tensor:
-        """States that *enter* each of the chunks: ``[B, M, H, K, V]`` from ``u`` of that shape and ``rho [B, M, H]``."""
-        states = torch.empty_like(u)
-        order = range(u.shape[1] - 1, -1, -1) if self.reverse else range(u.shape[1])
-        x = self.carry
-        for m in order:
-            states[:, m] = x
-            x = u[:, m] + x if rho is None else torch.addcmul(u[:, m], rho[:, m, :, None, None], x)
-        self.carry = x
-        return states
+    def block(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
+        """States that *enter* each of the chunks, ``[B, M, H, K, V]``, from ``u`` of that shape and ``log_rho [B, M, H]``."""
+        decays = self._decays(u, log_rho, first, last)  # [B or 1, H or 1, M + 1, M + 1]
+        B, M, H, K, V = u.shape
+        from_carry = decays[..., :1] * self.carry.reshape(B, H, 1, K * V)
+        x = from_carry.add_(decays[..., 1:] @ u.reshape(B, M, H, K * V).transpose(1, 2))
+        x = x.unflatten(-1, (K, V))
+        self.carry = x[:, :, -1]
+        return x[:, :, :-1].transpose(1, 2)
+
+    def _decays(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
+        """Row m: what enters chunk m (the last row: what leaves the block); columns: the carry, then each chunk's u."""
+        M = u.shape[1]
+        mask = self._reachable(M, first, last, u.device)
+        if log_rho is None:
+            matrix = mask.to(u.dtype)[None, None]
+        else:
+            steps = log_rho.transpose(1, 2)  # [B, H, M]
+            c = F.pad((steps.flip(-1) if self.reverse else steps).cumsum(-1), (1, 0))
+            matrix = (c[..., :, None] - c[..., None, :]).masked_fill(~mask, float("-inf")).exp()
+        if self.reverse:  # from scan order to the order of the chunks
+            matrix = torch.cat([matrix[..., :-1, :].flip(-2), matrix[..., -1:, :]], -2)
+            matrix = torch.cat([matrix[..., :1], matrix[..., 1:].flip(-1)], -1)
+        return matrix
+
+    def _reachable(self, M: int, first: int, last: int, device: torch.device) -> Tensor:
+        return torch.ones(M + 1, M + 1, dtype=torch.bool, device=device).tril()
 
     @property
     def final(self) -> Tensor:
@@ -140,23 +161,23 @@ class _PackedWalk(_UniformWalk):
         self.layout, self.initial = layout, initial
         start = layout.sequences - 1 if reverse else 0
         super().__init__(initial[start : start + 1], reverse)
+        self.ends = layout.is_first if reverse else layout.is_last
         self.finals = torch.zeros((initial.shape[0] + 1, *initial.shape[1:]), dtype=initial.dtype, device=initial.device)
 
-    def block(self, u: Tensor, rho: Tensor | None, first: int, last: int) -> Tensor:
-        layout = self.layout
-        ends = (layout.is_first if self.reverse else layout.is_last)[first:last]
-        sequence = layout.sequence[first:last]
-        following = (sequence + (-1 if self.reverse else 1)).clamp(0, layout.sequences - 1)
-        if rho is None:
-            rho = u.new_ones(1, u.shape[1], 1)
-        # x <- rho x + u everywhere, where at an end the factor is 0 and u is the next sequence's initial state.
-        ends_ = ends[None, :, None, None, None]
-        states = super().block(
-            torch.where(ends_, self.initial[following], u), rho.masked_fill(ends[None, :, None], 0), first, last
-        )
-        final = rho[0, :, :, None, None] * states[0] + u[0]
-        self.finals.index_copy_(0, torch.where(ends, sequence, layout.sequences), final)
+    def block(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
+        sequences = self.layout.sequences
+        ends, sequence = self.ends[first:last], self.layout.sequence[first:last]
+        following = (sequence + (-1 if self.reverse else 1)).clamp(0, sequences - 1)
+        # At an end nothing of the old sequence goes on (see _reachable) and u is the next sequence's initial state.
+        states = super().block(torch.where(ends[:, None, None, None], self.initial[following], u), log_rho, first, last)
+        final = u[0] + (states[0] if log_rho is None else log_rho[0, :, :, None, None].exp() * states[0])
+        self.finals.index_copy_(0, torch.where(ends, sequence, sequences), final)
         return states
+
+    def _reachable(self, M: int, first: int, last: int, device: torch.device) -> Tensor:
+        ends = self.ends[first:last]
+        passed = F.pad((ends.flip(0) if self.reverse else ends).cumsum(0), (1, 0))
+        return super()._reachable(M, first, last, device) & (passed[:, None] == passed)
 
     @property
     def final(self) -> Tensor:

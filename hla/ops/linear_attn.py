@@ -20,6 +20,7 @@ state per block that the forward pass kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ from torch import Tensor
 from hla.ops.layout import Packed, Uniform
 
 CHUNK = 64
-# Chunks are worked on in blocks of about this many numbers per operand, so that what one block needs stays in cache.
-BLOCK_NUMBERS = 1 << 18
+# Chunks are worked on in blocks of about this many numbers per operand: on a CPU what one block needs stays in cache.
+BLOCK_NUMBERS = 1 << 17
+GPU_BLOCK_NUMBERS = 1 << 24
 
 MODES = ("inclusive", "strict", "reversed")
 
@@ -118,18 +120,24 @@ class _Shape:
         self.layout = (
             Uniform(self.batch, self.length, chunk) if cu_seqlens is None else Packed(cu_seqlens, self.length, chunk)
         )
-        step = max(1, BLOCK_NUMBERS // max(1, self.batch * self.ho * chunk * max(self.K, self.V)))
+        on_gpu = q.device.type == "cuda"
+        numbers_per_chunk = max(1, self.batch * self.ho * chunk * max(self.K, self.V))
+        step = max(1, (GPU_BLOCK_NUMBERS if on_gpu else BLOCK_NUMBERS) // numbers_per_chunk)
         n = self.layout.num_chunks
         self.blocks = [(first, min(first + step, n)) for first in range(0, n, step)]
         self.strict, self.reverse = plan.mode == "strict", plan.mode == "reversed"
 
+    def blocks_in_order(self) -> list[tuple[int, int]]:
+        """First and last chunk of each block, in the direction of the forward pass."""
+        return self.blocks[::-1] if self.reverse else self.blocks
+
 
 class _Weights:
-    """Decay weights of one block: ``read``, ``write [B, M, Hg, C, 1]``, ``rho [B, M, Hg]``, ``E [B, M, Hg, C, C]``."""
+    """Decay weights of one block: ``read``, ``write [B, M, Hg, C, 1]``, ``log_rho [B, M, Hs]``, ``E [B, M, Hg, C, C]``."""
 
     def __init__(self, shape: _Shape, g: Tensor | None, first: int, last: int):
         self.shape = shape
-        self.read = self.write = self.rho = self.E = None
+        self.read = self.write = self.log_rho = self.E = None
         if g is None:
             return
         g = shape.layout.load(g[..., None], first, last, shape.dtype)  # [B, M, Hg, C, 1]
@@ -141,7 +149,7 @@ class _Weights:
         else:
             read, write = (c - g if shape.strict else c), c
             self.read, self.write = read.exp(), (total - c).exp()
-        self.rho = total[..., 0, 0].exp().repeat_interleave(shape.hs // shape.hg, dim=2)
+        self.log_rho = total[..., 0, 0].repeat_interleave(shape.hs // shape.hg, dim=2)
         exponent = read - write.mT
         self.E = exponent.masked_fill_(self._outside(exponent), float("-inf")).exp_()
 
@@ -165,72 +173,81 @@ class _LinearAttention(torch.autograd.Function):
     def forward(ctx, plan: _Plan, g, gain, ridge, initial_state, cu_seqlens, *tensors):
         shape = _Shape(plan, tensors, g, cu_seqlens)
         layout = shape.layout
-        out_shape = (shape.batch, shape.length, shape.ho, shape.V)
-        o = layout.new_output(out_shape, tensors[0], plan.out_dtype)
+        o = layout.new_output((shape.batch, shape.length, shape.ho, shape.V), tensors[0], plan.out_dtype)
         walk = layout.walk(_state_or_zeros(initial_state, shape, tensors[0]), shape.reverse)
         entries = []  # the state entering each block, for the backward pass
-        for first, last in reversed(shape.blocks) if shape.reverse else shape.blocks:
+        for first, last in shape.blocks_in_order():
             entries.append(walk.carry)
             q, k, v, residual = _load_roles(shape, plan, tensors, first, last)
             w = _Weights(shape, g, first, last)
             q, _ = _times_gain(shape, plan, q, gain, first, last)
-            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.rho, first, last)
+            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.log_rho, first, last)
             y = _mm(w.mask_(_mm(q, k.mT)), v)
             y = _add(y, _mm(_scaled(q, w.read), states))
             if residual is not None:
                 y = _add(y, _scaled(residual, _per_token(shape, ridge, plan.ridge, first, last)))
             layout.store(o, y, first, last)
-        ctx.plan, ctx.num_tensors = plan, len(tensors)
+        ctx.plan = plan
         ctx.set_materialize_grads(False)
         final = walk.final.clone()
-        ctx.save_for_backward(g, gain, ridge, initial_state, cu_seqlens, final, torch.stack(entries) if entries else None, *tensors)
+        ctx.save_for_backward(g, gain, ridge, initial_state, cu_seqlens, final, *tensors, *entries)
         return layout.finish_output(o), final
 
     @staticmethod
     def backward(ctx, do, dfinal):
         if torch.is_grad_enabled():  # create_graph=True; the terms it would miss must not be missed silently
             raise RuntimeError("double backward through HLA operators (create_graph=True) is not supported")
-        g, gain, ridge, initial_state, cu_seqlens, final, entries, *tensors = ctx.saved_tensors
-        plan = ctx.plan
+        plan, count = ctx.plan, max(ctx.plan.where) + 1
+        g, gain, ridge, initial_state, cu_seqlens, final, *rest = ctx.saved_tensors
+        tensors, entries = rest[:count], rest[count:]
         need_g, need_gain, need_ridge, need_initial = ctx.needs_input_grad[1:5]
-        need = ctx.needs_input_grad[6:]
         if do is None and dfinal is None:
-            return (None,) * (6 + len(tensors))
+            return (None,) * (6 + count)
         shape = _Shape(plan, tensors, g, cu_seqlens)
         layout, dtype = shape.layout, shape.dtype
         if do is None:
             do = tensors[0].new_zeros(shape.batch, shape.length, shape.ho, shape.V)
-        new = lambda x, n: layout.new_output((*x.shape[:3], *x.shape[3:]), x, x.dtype) if n else None  # noqa: E731
-        grads = [new(x, n) for x, n in zip(tensors, need, strict=True)]
-        per_token = lambda x, n: layout.new_output((*x.shape, 1), x, dtype) if n and x is not None else None  # noqa: E731
-        dgain, dridge, dc, dread = (per_token(x, n) for x, n in ((gain, need_gain), (ridge, need_ridge), (g, need_g), (g, need_g)))
-        like = final if dfinal is None else dfinal
-        against = layout.walk(torch.zeros_like(like) if dfinal is None else dfinal.to(dtype), not shape.reverse)
+
+        def output(x: Tensor | None, needed: bool, per_token: bool = True) -> Tensor | None:
+            if x is None or not needed:
+                return None
+            return layout.new_output((*x.shape, 1) if per_token else tuple(x.shape), x, dtype if per_token else x.dtype)
+
+        grads = [output(x, n, per_token=False) for x, n in zip(tensors, ctx.needs_input_grad[6:], strict=True)]
+        dgain, dridge, dc = output(gain, need_gain), output(ridge, need_ridge), output(g, need_g)
+        dread = output(g, need_g and shape.strict)
+        initial = _state_or_zeros(initial_state, shape, do)
+        against = layout.walk(_state_or_zeros(dfinal, shape, do), not shape.reverse)
         heads_q, heads_k = max(shape.hq, shape.hg), max(shape.hk, shape.hg)
 
-        order = shape.blocks if shape.reverse else list(reversed(shape.blocks))
-        for index, (first, last) in enumerate(order):
+        for (first, last), entry in zip(reversed(shape.blocks_in_order()), reversed(entries), strict=True):
             q_in, k, v, residual = _load_roles(shape, plan, tensors, first, last)
             dy = layout.load(do, first, last, dtype)
             w = _Weights(shape, g, first, last)
             q, gain_block = _times_gain(shape, plan, q_in, gain, first, last)
             # States along the forward direction again, and the adjoint states against it.
-            walk = layout.walk(_state_or_zeros(initial_state, shape, final), shape.reverse)
-            walk.carry = entries[len(order) - 1 - index]
-            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.rho, first, last)
-            adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.rho, first, last)
+            walk = layout.walk(initial, shape.reverse)
+            walk.carry = entry
+            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.log_rho, first, last)
+            adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.log_rho, first, last)
 
             scores = w.mask_(_mm(q, k.mT))
             dscores = w.mask_(_mm(dy, v.mT))
-            dq = _sum_heads(_add(_mm(dscores, k), _scaled(_mm(dy, states.mT), w.read)), heads_q)
-            dk = _add(_tmm(dscores, q, heads_k), _sum_heads(_scaled(_mm(v, adjoint.mT), w.write), heads_k))
-            dv = _add(_tmm(scores, dy, shape.hv), _sum_heads(_scaled(_mm(k, adjoint), w.write), shape.hv))
+            dq = _sum_heads(_add(_mm(dscores, k), _mm(_scaled(dy, w.read), states.mT)), heads_q)
+            dk, dv = _tmm(dscores, q, heads_k), _tmm(scores, dy, shape.hv)
+            written = _scaled(k, w.write)
+            if k is v and dc is None:  # keys that are their own values: both adjoint readings in one product
+                dk = _add(_add(dk, dv), _sum_heads(_mm(written, adjoint + adjoint.mT), heads_k))
+                dv = None
+            else:
+                dk = _add(dk, _sum_heads(_mm(written if k is v else _scaled(v, w.write), adjoint.mT), heads_k))
+                dv = _add(dv, _sum_heads(_mm(written, adjoint), shape.hv))
 
-            if need_g:
+            if dc is not None:
                 from_q = _sum_heads(_dot(q, dq), shape.hg)
                 from_k = _sum_heads(_dot(k, dk), shape.hg)
                 layout.store(dc, from_k - from_q if shape.reverse else from_q - from_k, first, last)
-                if shape.strict:
+                if dread is not None:
                     layout.store(dread, from_q, first, last)
             dq, dk = _sum_heads(dq, shape.hq), _sum_heads(dk, shape.hk)
             if dgain is not None:
@@ -238,7 +255,7 @@ class _LinearAttention(torch.autograd.Function):
             if gain_block is not None:
                 dq = _scaled(dq, gain_block)
             elif plan.gain != 1.0:
-                dq = dq * plan.gain
+                dq = dq.mul_(plan.gain)
             contributions = [dq, dk, dv]
             if residual is not None:
                 if dridge is not None:
@@ -247,24 +264,24 @@ class _LinearAttention(torch.autograd.Function):
                 contributions.append(_sum_heads(ridged, residual.shape[2]))
             for i, grad in enumerate(grads):
                 if grad is not None:
-                    mine = [x for x, j in zip(contributions, plan.where, strict=True) if j == i]
-                    layout.store(grad, sum(mine[1:], start=mine[0]), first, last)
+                    mine = [x for x, j in zip(contributions, plan.where, strict=True) if j == i and x is not None]
+                    layout.store(grad, reduce(Tensor.add_, mine), first, last)
 
+        finish = lambda x: None if x is None else layout.finish_output(x)  # noqa: E731
         dg = None
-        if need_g:
+        if dc is not None:
             # c at the right-hand end also scales the state there: the final one, or the initial one if reversed.
             state, dstate = (initial_state, against.final) if shape.reverse else (final, dfinal)
             at_ends = None
             if state is not None and dstate is not None:
                 at_ends = (state * dstate).sum((-1, -2)).unflatten(1, (shape.hg, shape.hs // shape.hg)).sum(-1)
-            dg = layout.reverse_cumsum(layout.finish_output(dc)[..., 0], at_ends)
-            if shape.strict:
-                dg = dg - layout.finish_output(dread)[..., 0]
+            dg = layout.reverse_cumsum(finish(dc)[..., 0], at_ends)
+            if dread is not None:
+                dg = dg - finish(dread)[..., 0]
             dg = dg.to(g.dtype)
-        finish = lambda x: None if x is None else layout.finish_output(x)  # noqa: E731
-        squeeze = lambda x, like: None if x is None else finish(x)[..., 0].to(like.dtype)  # noqa: E731
+        squeezed = lambda x, like: None if x is None else finish(x)[..., 0].to(like.dtype)  # noqa: E731
         dinitial = against.final.to(initial_state.dtype) if need_initial else None
-        return (None, dg, squeeze(dgain, gain), squeeze(dridge, ridge), dinitial, None, *(finish(x) for x in grads))
+        return (None, dg, squeezed(dgain, gain), squeezed(dridge, ridge), dinitial, None, *map(finish, grads))
 
 
 def _state_or_zeros(state: Tensor | None, shape: _Shape, like: Tensor) -> Tensor:
