@@ -8,6 +8,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# The machines of CI have few, shared cores, where threads of small operations wait for each other most of the time.
+torch.set_num_threads(1)
+torch.zeros(1, device="meta")  # wakes the meta device before torch.empty is patched below
+
 settings.register_profile(
     "hla", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]
 )

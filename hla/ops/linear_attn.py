@@ -40,6 +40,11 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Autocast must not turn the float32 sums of the operators into bfloat16 ones: they choose their own precision."""
+    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
+
+
 def la(
     q: Tensor,
     k: Tensor,
@@ -91,7 +96,8 @@ def la(
     )
     gain_t = gain if isinstance(gain, Tensor) else None
     ridge_t = ridge if isinstance(ridge, Tensor) else None
-    o, final = _LinearAttention.apply(plan, g, gain_t, ridge_t, initial_state, cu_seqlens, *tensors)
+    with no_autocast(q):
+        o, final = _LinearAttention.apply(plan, g, gain_t, ridge_t, initial_state, cu_seqlens, *tensors)
     return o, final if output_final_state else None
 
 
@@ -195,93 +201,98 @@ class _LinearAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, do, dfinal):
-        if torch.is_grad_enabled():  # create_graph=True; the terms it would miss must not be missed silently
-            raise RuntimeError("double backward through HLA operators (create_graph=True) is not supported")
-        plan, count = ctx.plan, max(ctx.plan.where) + 1
-        g, gain, ridge, initial_state, cu_seqlens, final, *rest = ctx.saved_tensors
-        tensors, entries = rest[:count], rest[count:]
-        need_g, need_gain, need_ridge, need_initial = ctx.needs_input_grad[1:5]
-        if do is None and dfinal is None:
-            return (None,) * (6 + count)
-        shape = _Shape(plan, tensors, g, cu_seqlens)
-        layout, dtype = shape.layout, shape.dtype
-        if do is None:
-            do = tensors[0].new_zeros(shape.batch, shape.length, shape.ho, shape.V)
+        with no_autocast(ctx.saved_tensors[5]):
+            return _backward(ctx, do, dfinal)
 
-        def output(x: Tensor | None, needed: bool, per_token: bool = True) -> Tensor | None:
-            if x is None or not needed:
-                return None
-            return layout.new_output((*x.shape, 1) if per_token else tuple(x.shape), x, dtype if per_token else x.dtype)
 
-        grads = [output(x, n, per_token=False) for x, n in zip(tensors, ctx.needs_input_grad[6:], strict=True)]
-        dgain, dridge, dc = output(gain, need_gain), output(ridge, need_ridge), output(g, need_g)
-        dread = output(g, need_g and shape.strict)
-        initial = _state_or_zeros(initial_state, shape, do)
-        against = layout.walk(_state_or_zeros(dfinal, shape, do), not shape.reverse)
-        heads_q, heads_k = max(shape.hq, shape.hg), max(shape.hk, shape.hg)
+def _backward(ctx, do, dfinal):
+    if torch.is_grad_enabled():  # create_graph=True; the terms it would miss must not be missed silently
+        raise RuntimeError("double backward through HLA operators (create_graph=True) is not supported")
+    plan, count = ctx.plan, max(ctx.plan.where) + 1
+    g, gain, ridge, initial_state, cu_seqlens, final, *rest = ctx.saved_tensors
+    tensors, entries = rest[:count], rest[count:]
+    need_g, need_gain, need_ridge, need_initial = ctx.needs_input_grad[1:5]
+    if do is None and dfinal is None:
+        return (None,) * (6 + count)
+    shape = _Shape(plan, tensors, g, cu_seqlens)
+    layout, dtype = shape.layout, shape.dtype
+    if do is None:
+        do = tensors[0].new_zeros(shape.batch, shape.length, shape.ho, shape.V)
 
-        for (first, last), entry in zip(reversed(shape.blocks_in_order()), reversed(entries), strict=True):
-            q_in, k, v, residual = _load_roles(shape, plan, tensors, first, last)
-            dy = layout.load(do, first, last, dtype)
-            w = _Weights(shape, g, first, last)
-            q, gain_block = _times_gain(shape, plan, q_in, gain, first, last)
-            # States along the forward direction again, and the adjoint states against it.
-            walk = layout.walk(initial, shape.reverse)
-            walk.carry = entry
-            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.log_rho, first, last)
-            adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.log_rho, first, last)
+    def output(x: Tensor | None, needed: bool, per_token: bool = True) -> Tensor | None:
+        if x is None or not needed:
+            return None
+        return layout.new_output((*x.shape, 1) if per_token else tuple(x.shape), x, dtype if per_token else x.dtype)
 
-            scores = w.mask_(_mm(q, k.mT))
-            dscores = w.mask_(_mm(dy, v.mT))
-            dq = _sum_heads(_add(_mm(dscores, k), _mm(_scaled(dy, w.read), states.mT)), heads_q)
-            dk, dv = _tmm(dscores, q, heads_k), _tmm(scores, dy, shape.hv)
-            written = _scaled(k, w.write)
-            if k is v and dc is None:  # keys that are their own values: both adjoint readings in one product
-                dk = _add(_add(dk, dv), _sum_heads(_mm(written, adjoint + adjoint.mT), heads_k))
-                dv = None
-            else:
-                dk = _add(dk, _sum_heads(_mm(written if k is v else _scaled(v, w.write), adjoint.mT), heads_k))
-                dv = _add(dv, _sum_heads(_mm(written, adjoint), shape.hv))
+    grads = [output(x, n, per_token=False) for x, n in zip(tensors, ctx.needs_input_grad[6:], strict=True)]
+    dgain, dridge, dc = output(gain, need_gain), output(ridge, need_ridge), output(g, need_g)
+    dread = output(g, need_g and shape.strict)
+    initial = _state_or_zeros(initial_state, shape, do)
+    against = layout.walk(_state_or_zeros(dfinal, shape, do), not shape.reverse)
+    heads_q, heads_k = max(shape.hq, shape.hg), max(shape.hk, shape.hg)
 
-            if dc is not None:
-                from_q = _sum_heads(_dot(q, dq), shape.hg)
-                from_k = _sum_heads(_dot(k, dk), shape.hg)
-                layout.store(dc, from_k - from_q if shape.reverse else from_q - from_k, first, last)
-                if dread is not None:
-                    layout.store(dread, from_q, first, last)
-            dq, dk = _sum_heads(dq, shape.hq), _sum_heads(dk, shape.hk)
-            if dgain is not None:
-                layout.store(dgain, _dot(q_in, dq), first, last)
-            if gain_block is not None:
-                dq = _scaled(dq, gain_block)
-            elif plan.gain != 1.0:
-                dq = dq.mul_(plan.gain)
-            contributions = [dq, dk, dv]
-            if residual is not None:
-                if dridge is not None:
-                    layout.store(dridge, _sum_heads(_dot(dy, residual), dridge.shape[2]), first, last)
-                ridged = _scaled(dy, _per_token(shape, ridge, plan.ridge, first, last))
-                contributions.append(_sum_heads(ridged, residual.shape[2]))
-            for i, grad in enumerate(grads):
-                if grad is not None:
-                    mine = [x for x, j in zip(contributions, plan.where, strict=True) if j == i and x is not None]
-                    layout.store(grad, reduce(Tensor.add_, mine), first, last)
+    for (first, last), entry in zip(reversed(shape.blocks_in_order()), reversed(entries), strict=True):
+        q_in, k, v, residual = _load_roles(shape, plan, tensors, first, last)
+        dy = layout.load(do, first, last, dtype)
+        w = _Weights(shape, g, first, last)
+        q, gain_block = _times_gain(shape, plan, q_in, gain, first, last)
+        # States along the forward direction again, and the adjoint states against it.
+        walk = layout.walk(initial, shape.reverse)
+        walk.carry = entry
+        states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.log_rho, first, last)
+        adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.log_rho, first, last)
 
-        finish = lambda x: None if x is None else layout.finish_output(x)  # noqa: E731
-        dg = None
+        scores = w.mask_(_mm(q, k.mT))
+        dscores = w.mask_(_mm(dy, v.mT))
+        dq = _sum_heads(_add(_mm(dscores, k), _mm(_scaled(dy, w.read), states.mT)), heads_q)
+        dk, dv = _tmm(dscores, q, heads_k), _tmm(scores, dy, shape.hv)
+        written = _scaled(k, w.write)
+        if k is v and dc is None:  # keys that are their own values: both adjoint readings in one product
+            dk = _add(_add(dk, dv), _sum_heads(_mm(written, adjoint + adjoint.mT), heads_k))
+            dv = None
+        else:
+            dk = _add(dk, _sum_heads(_mm(written if k is v else _scaled(v, w.write), adjoint.mT), heads_k))
+            dv = _add(dv, _sum_heads(_mm(written, adjoint), shape.hv))
+
         if dc is not None:
-            # c at the right-hand end also scales the state there: the final one, or the initial one if reversed.
-            state, dstate = (initial_state, against.final) if shape.reverse else (final, dfinal)
-            at_ends = None
-            if state is not None and dstate is not None:
-                at_ends = (state * dstate).sum((-1, -2)).unflatten(1, (shape.hg, shape.hs // shape.hg)).sum(-1)
-            dg = layout.reverse_cumsum(finish(dc)[..., 0], at_ends)
+            from_q = _sum_heads(_dot(q, dq), shape.hg)
+            from_k = _sum_heads(_dot(k, dk), shape.hg)
+            layout.store(dc, from_k - from_q if shape.reverse else from_q - from_k, first, last)
             if dread is not None:
-                dg = dg - finish(dread)[..., 0]
-            dg = dg.to(g.dtype)
-        squeezed = lambda x, like: None if x is None else finish(x)[..., 0].to(like.dtype)  # noqa: E731
-        dinitial = against.final.to(initial_state.dtype) if need_initial else None
-        return (None, dg, squeezed(dgain, gain), squeezed(dridge, ridge), dinitial, None, *map(finish, grads))
+                layout.store(dread, from_q, first, last)
+        dq, dk = _sum_heads(dq, shape.hq), _sum_heads(dk, shape.hk)
+        if dgain is not None:
+            layout.store(dgain, _dot(q_in, dq), first, last)
+        if gain_block is not None:
+            dq = _scaled(dq, gain_block)
+        elif plan.gain != 1.0:
+            dq = dq.mul_(plan.gain)
+        contributions = [dq, dk, dv]
+        if residual is not None:
+            if dridge is not None:
+                layout.store(dridge, _sum_heads(_dot(dy, residual), dridge.shape[2]), first, last)
+            ridged = _scaled(dy, _per_token(shape, ridge, plan.ridge, first, last))
+            contributions.append(_sum_heads(ridged, residual.shape[2]))
+        for i, grad in enumerate(grads):
+            if grad is not None:
+                mine = [x for x, j in zip(contributions, plan.where, strict=True) if j == i and x is not None]
+                layout.store(grad, reduce(Tensor.add_, mine), first, last)
+
+    finish = lambda x: None if x is None else layout.finish_output(x)  # noqa: E731
+    dg = None
+    if dc is not None:
+        # c at the right-hand end also scales the state there: the final one, or the initial one if reversed.
+        state, dstate = (initial_state, against.final) if shape.reverse else (final, dfinal)
+        at_ends = None
+        if state is not None and dstate is not None:
+            at_ends = (state * dstate).sum((-1, -2)).unflatten(1, (shape.hg, shape.hs // shape.hg)).sum(-1)
+        dg = layout.reverse_cumsum(finish(dc)[..., 0], at_ends)
+        if dread is not None:
+            dg = dg - finish(dread)[..., 0]
+        dg = dg.to(g.dtype)
+    squeezed = lambda x, like: None if x is None else finish(x)[..., 0].to(like.dtype)  # noqa: E731
+    dinitial = against.final.to(initial_state.dtype) if need_initial else None
+    return (None, dg, squeezed(dgain, gain), squeezed(dridge, ridge), dinitial, None, *map(finish, grads))
 
 
 def _state_or_zeros(state: Tensor | None, shape: _Shape, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from hla.ops.checks import Call, check_call, check_state, check_state_indices
 from hla.ops.family import readings, transforms_keys
-from hla.ops.linear_attn import compute_dtype
+from hla.ops.linear_attn import compute_dtype, no_autocast
 from hla.ops.state import State, pack, unpack, zeros
 
 
@@ -84,6 +84,11 @@ def empty_state(call: Call, batch: int) -> State:
 
 def update(call: Call, state: State) -> tuple[Tensor, State]:
     """The recurrence of one token, tensors ``[B, H, D]``: ``moment <- exp(g) moment + key x^T``, then ``x <- reading``."""
+    with no_autocast(call.q):
+        return _update(call, state)
+
+
+def _update(call: Call, state: State) -> tuple[Tensor, State]:
     c, dtype = call, compute_dtype(call.q, call.v)
     S, moments, ones = unpack(c.op, c.order, state)
     q, k, v, p = (x.to(dtype) for x in (c.q, c.k, c.v, c.p))

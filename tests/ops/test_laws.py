@@ -344,6 +344,22 @@ def test_torch_compile_fullgraph():
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["linear_attn", "hla3"])
+def test_autocast_changes_no_bit(name):
+    """The operators keep their float32 sums under autocast: in the chunk form, its backward and the token step."""
+    x = Inputs(name, T=100, K=16, V=8, dtype=torch.float32)
+
+    def results() -> list[Tensor]:
+        leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v)]
+        o, state = getattr(hla, x.op)(*leaves, output_final_state=True, **x.kw)
+        stepped, _ = hla.step(x.op, x.q[:, 0], x.k[:, 0], x.v[:, 0], state, **x.kw)
+        return [o, stepped, *gradients(o, leaves, torch.ones_like(o))]
+
+    plain = results()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(results(), plain, strict=True))
+
+
 def test_block_size_changes_no_result(monkeypatch):
     x = Inputs("hla3", "g", T=300)
     truth, _ = x.chunk()

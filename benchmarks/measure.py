@@ -1,0 +1,113 @@
+"""The one way this project measures: interleaved repetitions, medians, peak memory, and where it was measured."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import gc
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import hla
+
+
+def environment(device: str) -> dict[str, str]:
+    """Device, versions, commit and date: the columns every row of a result has."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "threads": "" if device == "cuda" else str(torch.get_num_threads()),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "hla": hla.__version__,
+        "commit": _commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    def git(*args: str) -> str:
+        root = Path(__file__).parent
+        return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def interleaved_medians(
+    functions: dict[str, Callable[[], object]], device: str, seconds: float, min_reps: int = 3
+) -> dict[str, float]:
+    """Median milliseconds of each function; rounds over all of them until each had about ``seconds``.
+
+    Interleaving lets a disturbance of the machine hit all functions alike, so that ratios hold.
+    """
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for function in functions.values():
+        function()  # warm-up
+    while True:
+        for name, function in functions.items():
+            if len(times[name]) >= min_reps and sum(times[name]) >= seconds:
+                continue
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            times[name].append(time.perf_counter() - start)
+        if all(len(t) >= min_reps and sum(t) >= seconds for t in times.values()):
+            return {name: 1e3 * statistics.median(t) for name, t in times.items()}
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int | None:
+    """Largest memory in use during one call, above what was in use before it (None where it can't be measured)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(profile_memory=True) as profile:
+        function()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate(change for _, change in changes), default=None)
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
