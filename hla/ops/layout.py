@@ -128,7 +128,7 @@ class _UniformWalk:
         from_carry = decays[..., :1] * self.carry.reshape(B, H, 1, K * V)
         x = from_carry.add_(decays[..., 1:] @ u.reshape(B, M, H, K * V).transpose(1, 2))
         x = x.unflatten(-1, (K, V))
-        self.carry = x[:, :, -1]
+        self.carry = x[:, :, -1].clone()  # a view would keep the states of the whole block alive
         return x[:, :, :-1].transpose(1, 2)
 
     def _decays(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
