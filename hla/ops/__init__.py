@@ -1,7 +1,7 @@
 """The operators. Read `reference` (definitions), `family` (the idea), `linear_attn` (the primitive), `higher_order`.
 
-This file holds the dispatch table, operator x form x backend -> function of one checked `Call`. The operator "la" is the
-primitive: where a backend has no fused function for an operator, the composition over that backend's primitive is used.
+This file holds the dispatch table, operator x form x backend -> function of one checked `Call`. The operator "la" is
+the primitive: where a backend has no fused function for an operator, the composition over that backend's primitive is used.
 A new kernel is one line here.
 """
 
@@ -27,7 +27,7 @@ DISPATCH: dict[tuple[str, str, str], Callable] = {
 def dispatch(op: str, form: str, backend: str | None, device: torch.device) -> Callable:
     """The function ``Call -> (o, state)`` for an operator in a form.
 
-    ``backend=None`` takes the fastest backend registered for the device; a backend asked for by name is used or refused.
+    ``backend=None`` takes the fastest one registered for the device; a backend asked for by name is used or refused.
     """
     on_gpu = device.type == "cuda"
     for name in (("triton", "torch") if on_gpu else ("torch",)) if backend is None else (backend,):

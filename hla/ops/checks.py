@@ -1,7 +1,7 @@
 """Checks of what users pass in: every message names the argument, says what it is and what was expected.
 
 Shapes, dtypes, devices and kinds are always checked. Values (g > 0, cu_seqlens not monotonic, ...) are checked on CPU
-tensors always and on GPU tensors only when the environment has ``HLA_CHECK=1``, because reading a value waits for the GPU.
+tensors always, on GPU tensors only when the environment has ``HLA_CHECK=1``: reading a value waits for the GPU.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,9 +108,14 @@ def check_call(
             raise ValueError("g is the logarithm of a decay: it must be finite and <= 0 everywhere")
 
     p = _check_p(p, q, k, lead)
-    shaping = {"ridge": ridge, "gain": gain, "value_ridge": value_ridge, "value_gain": value_gain}
-    for name, x in shaping.items():
-        shaping[name] = _check_per_token(name, x, p, lead)
+    shaping: dict[str, float | Tensor] = {
+        "ridge": ridge,
+        "gain": gain,
+        "value_ridge": value_ridge,
+        "value_gain": value_gain,
+    }
+    for name, value in shaping.items():
+        shaping[name] = _check_per_token(name, value, p, lead)
     scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False; got {normalize!r}")
@@ -133,7 +139,7 @@ def check_call(
 
 def check_state(call: Call, state: State, batch: int, name: str) -> None:
     """Raises unless ``state`` is a state of this operator, these heads and this ``normalize``, with ``batch`` rows."""
-    cls = state_class(call.op, call.order)
+    cls: Any = state_class(call.op, call.order)
     if not isinstance(state, cls):
         raise TypeError(f"{name} of {call.op} must be a {cls.__name__}; got {type(state).__name__}")
     expected = zeros(
@@ -143,13 +149,13 @@ def check_state(call: Call, state: State, batch: int, name: str) -> None:
     )  # fmt: skip
     for field, x, want in zip(cls._fields, state, expected, strict=True):
         where = f"{name}.{field}"
-        if (x is None) != (want is None):
+        if x is None or want is None:
+            if x is want:
+                continue
             if field in ("m", "n"):
                 made = "without" if x is None else "with"
                 raise ValueError(f"{name} was made {made} normalize=True, this call has normalize={call.normalize}")
             raise ValueError(f"{where} must {'not ' if want is None else ''}be given for order {call.order}")
-        if want is None:
-            continue
         _tensor(where, x)
         _expect_shape(where, x, tuple(want.shape), "of this operator and these heads")
         if x.dtype != want.dtype:

@@ -8,6 +8,7 @@ fused kernel where one is registered and `compose` otherwise.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,12 @@ def compose(call: Call, la: Callable) -> tuple[Tensor, State | None]:
     c, dtype = call, compute_dtype(call.q, call.v)
     plan = readings(c.op, c.order)
     want = c.output_final_state
-    S0, moments0, ones0 = None, [None] * len(plan), [None] * len(plan)
+    S0: Tensor | None = None
+    moments0: Any = [None] * len(plan)
+    ones0: Any = moments0
     if c.initial_state is not None:
         S0, moments0, ones0 = unpack(c.op, c.order, c.initial_state)
-    shared = dict(output_final_state=want, cu_seqlens=c.cu_seqlens)
+    shared: dict[str, Any] = dict(output_final_state=want, cu_seqlens=c.cu_seqlens)
 
     keys, S = {"k": c.k}, None
     if transforms_keys(c.op, c.order):
@@ -133,7 +136,7 @@ def linear_attn(
 
     (Katharopoulos et al. 2020 without a feature map; Zhang et al. 2025, section 2.2.)
     """
-    common = dict(g=g, scale=scale, normalize=normalize, eps=eps, cu_seqlens=cu_seqlens)
+    common: dict[str, Any] = dict(g=g, scale=scale, normalize=normalize, eps=eps, cu_seqlens=cu_seqlens)
     common |= dict(initial_state=initial_state, output_final_state=output_final_state)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be True or False; got {causal!r}")

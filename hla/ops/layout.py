@@ -122,7 +122,7 @@ class _UniformWalk:
         self.carry, self.reverse = initial, reverse
 
     def block(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
-        """States that *enter* each of the chunks, ``[B, M, H, K, V]``, from ``u`` of that shape and ``log_rho [B, M, H]``."""
+        """States that *enter* the chunks, ``[B, M, H, K, V]``, from ``u`` of that shape and ``log_rho [B, M, H]``."""
         decays = self._decays(u, log_rho, first, last)  # [B or 1, H or 1, M + 1, M + 1]
         B, M, H, K, V = u.shape
         from_carry = decays[..., :1] * self.carry.reshape(B, H, 1, K * V)
@@ -162,7 +162,9 @@ class _PackedWalk(_UniformWalk):
         start = layout.sequences - 1 if reverse else 0
         super().__init__(initial[start : start + 1], reverse)
         self.ends = layout.is_first if reverse else layout.is_last
-        self.finals = torch.zeros((initial.shape[0] + 1, *initial.shape[1:]), dtype=initial.dtype, device=initial.device)
+        self.finals = torch.zeros(
+            (initial.shape[0] + 1, *initial.shape[1:]), dtype=initial.dtype, device=initial.device
+        )
 
     def block(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
         sequences = self.layout.sequences

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ def la(
     Returns:
         o ``[B, T, max of all head counts, V]`` and the final state (float32 / float64), or None.
     """
-    # One tensor in several roles (k as keys and values, p as query and residual) is loaded, and its gradient stored, once.
+    # A tensor in several roles (k as keys and values, p as query and residual) is loaded, its gradient stored, once.
     roles = [q, k, v] if residual is None else [q, k, v, residual]
     tensors: list[Tensor] = []
     where = []
@@ -139,7 +140,7 @@ class _Shape:
 
 
 class _Weights:
-    """Decay weights of one block: ``read``, ``write [B, M, Hg, C, 1]``, ``log_rho [B, M, Hs]``, ``E [B, M, Hg, C, C]``."""
+    """Decay weights of a block: ``read``, ``write [B, M, Hg, C, 1]``, ``log_rho [B, M, Hs]``, ``E [B, M, Hg, C, C]``."""
 
     def __init__(self, shape: _Shape, g: Tensor | None, first: int, last: int):
         self.shape = shape
@@ -236,23 +237,25 @@ def _backward(ctx, do, dfinal):
         dy = layout.load(do, first, last, dtype)
         w = _Weights(shape, g, first, last)
         q, gain_block = _times_gain(shape, plan, q_in, gain, first, last)
-        # States along the forward direction again, and the adjoint states against it.
+        # Intermediate results are deleted as soon as they were used: they are most of the memory of a backward pass.
         walk = layout.walk(initial, shape.reverse)
         walk.carry = entry
-        states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.log_rho, first, last)
-        adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.log_rho, first, last)
-
-        scores = w.mask_(_mm(q, k.mT))
+        written = _scaled(k, w.write)
+        states = walk.block(_outer(written, v, shape.hs), w.log_rho, first, last)
         dscores = w.mask_(_mm(dy, v.mT))
         dq = _sum_heads(_add(_mm(dscores, k), _mm(_scaled(dy, w.read), states.mT)), heads_q)
-        dk, dv = _tmm(dscores, q, heads_k), _tmm(scores, dy, shape.hv)
-        written = _scaled(k, w.write)
+        del states
+        dk = _tmm(dscores, q, heads_k)
+        del dscores
+        dv = _tmm(w.mask_(_mm(q, k.mT)), dy, shape.hv)
+        adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.log_rho, first, last)
         if k is v and dc is None:  # keys that are their own values: both adjoint readings in one product
             dk = _add(_add(dk, dv), _sum_heads(_mm(written, adjoint + adjoint.mT), heads_k))
             dv = None
         else:
             dk = _add(dk, _sum_heads(_mm(written if k is v else _scaled(v, w.write), adjoint.mT), heads_k))
             dv = _add(dv, _sum_heads(_mm(written, adjoint), shape.hv))
+        del adjoint, written
 
         if dc is not None:
             from_q = _sum_heads(_dot(q, dq), shape.hg)
@@ -301,9 +304,9 @@ def _state_or_zeros(state: Tensor | None, shape: _Shape, like: Tensor) -> Tensor
     return torch.zeros(shape.layout.sequences, shape.hs, shape.K, shape.V, dtype=shape.dtype, device=like.device)
 
 
-def _load_roles(shape: _Shape, plan: _Plan, tensors, first: int, last: int) -> list[Tensor | None]:
+def _load_roles(shape: _Shape, plan: _Plan, tensors, first: int, last: int) -> list[Any]:
     loaded = [shape.layout.load(x, first, last, shape.dtype) for x in tensors]
-    roles: list[Tensor | None] = [loaded[i] for i in plan.where]
+    roles: list[Any] = [loaded[i] for i in plan.where]
     return roles if len(roles) == 4 else [*roles, None]
 
 

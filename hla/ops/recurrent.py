@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -35,13 +37,14 @@ def step(
 
     Args:
         op: "linear_attn", "hla2", "ahla", "hla3" or "hla_n" (with ``order``; ahla's order defaults to 2).
-        q: ``[B, HQ, K]``. k: ``[B, HKV, K]``. v: ``[B, HKV, V]``. g: ``[B, HKV]``. p: "q", "k" or ``[B, HQ or HKV, K]``.
+        q: ``[B, HQ, K]``. k: ``[B, HKV, K]``. v: ``[B, HKV, V]``. g: ``[B, HKV]``.
+        p: "q", "k" or ``[B, HQ or HKV, K]``.
         gain, ridge, value_gain, value_ridge: float or ``[B, heads of p]``.
         state: what an earlier call returned (B rows), or None for the empty state.
         out_state: where the new state is written; it may be ``state`` itself (in place), and is returned.
-        state_indices: int ``[B]``: row b of the batch uses row ``state_indices[b]`` of ``state`` and ``out_state``, which
-            may have any number of rows (the slots of an engine). Without ``out_state``, a copy of ``state`` with those
-            rows replaced is returned. No slot may be named twice.
+        state_indices: int ``[B]``: row b of the batch uses row ``state_indices[b]`` of ``state`` and ``out_state``,
+            which may have any number of rows (the slots of an engine). Without ``out_state``, a copy of ``state`` with
+            those rows replaced is returned. No slot may be named twice.
 
     Returns:
         o ``[B, HQ, V]`` in the dtype of v, and the new state.
@@ -83,7 +86,7 @@ def empty_state(call: Call, batch: int) -> State:
 
 
 def update(call: Call, state: State) -> tuple[Tensor, State]:
-    """The recurrence of one token, tensors ``[B, H, D]``: ``moment <- exp(g) moment + key x^T``, then ``x <- reading``."""
+    """The recurrence of one token: ``moment <- exp(g) moment + key x^T``, then ``x <- reading``; ``[B, H, D]``."""
     with no_autocast(call.q):
         return _update(call, state)
 
@@ -96,6 +99,7 @@ def _update(call: Call, state: State) -> tuple[Tensor, State]:
 
     keys = {"k": k}
     if transforms_keys(c.op, c.order):
+        assert S is not None
         S = _accumulate(S, k, k, None if decay is None else decay * decay)
         keys["k~"] = _shape(_read(p, S) * c.scale, p, c.gain, c.ridge)
 
@@ -172,11 +176,12 @@ def _to_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def _map(function, state: State, *more: State) -> State:
-    return type(state)(*(None if x[0] is None else function(*x) for x in zip(state, *more, strict=True)))
+    cls: Any = type(state)
+    return cls(*(None if x[0] is None else function(*x) for x in zip(state, *more, strict=True)))
 
 
 def _write(new: State, out: State, index: Tensor | None) -> State:
     for x, target in zip(new, out, strict=True):
-        if target is not None:
+        if x is not None and target is not None:
             target.copy_(x) if index is None else target.index_copy_(0, index, x)
     return out

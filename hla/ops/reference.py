@@ -84,7 +84,19 @@ def ahla(q, k, v, *, g=None, p="q", ridge=0.0, gain=1.0, scale=None, normalize=F
 
 
 def hla3(
-    q, k, v, *, g=None, p="q", ridge=0.0, gain=1.0, scale=None, normalize=False, eps=1e-6, value_ridge=0.0, value_gain=1.0
+    q,
+    k,
+    v,
+    *,
+    g=None,
+    p="q",
+    ridge=0.0,
+    gain=1.0,
+    scale=None,
+    normalize=False,
+    eps=1e-6,
+    value_ridge=0.0,
+    value_gain=1.0,
 ) -> Tensor:
     """Third order: ``tril(W W^T) W V``."""
     m = _Matrices(q, k, v, g, p, ridge, gain, scale)

@@ -6,7 +6,7 @@ parallelism and sequence-split kernels rest on. With ``rho = exp(total g)``, A b
 
     hla2:  S = rhoB^2 S_A + S_B,  Z = Z_A + rhoA Z_B,      F = rhoB (F_A + S_A Z_B) + F_B
     ahla:  P = rhoB P_A + P_B,    N = N_A + N_B,           E = rhoB (E_A + N_B P_A) + E_B
-    hla3:  S, P as above,         Q = Q_A + rhoA^2 Q_B,    X = X_A + rhoA (X_B + Q_B P_A),   Y = Y_A + Y_B + S_A Q_B,
+    hla3:  S, P as above,         Q = Q_A + rhoA^2 Q_B,    X = X_A + rhoA (X_B + Q_B P_A),  Y = Y_A + Y_B + S_A Q_B,
            F = rhoB (F_A + S_A X_B + Y_B P_A + S_A Q_B P_A) + F_B
 
 The tuples Z, N, Q, X, Y are how a segment will answer to what comes before it. (Zhang et al. 2025, sections 4.2, 6.2 and
@@ -15,7 +15,8 @@ The tuples Z, N, Q, X, Y are how a segment will answer to what comes before it. 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class AHLASegment(NamedTuple):
 
 
 class HLA3Segment(NamedTuple):
-    """``S``, ``P`` per HKV; ``Q [K, K]`` of p p^T, ``X [K, V]`` of p v~^T, ``Y [K, K]`` of k~ p^T, ``F [K, V]`` per HP."""
+    """``S``, ``P`` per HKV; per HP ``Q [K, K]`` of p p^T, ``X [K, V]`` of p v~^T, ``Y [K, K]`` of k~ p^T, ``F [K, V]``."""
 
     log_decay: Tensor
     S: Tensor
@@ -95,9 +96,7 @@ def summarize(
     p_gained = _per_token(c.p.to(dtype), c.gain) * c.scale
     if op == "ahla":
         values = _transformed(c, c.v, c.g, c.gain, c.ridge)
-        return AHLASegment(
-            total, _moment(c.k, c.v, until_end), _moment(c.k, p_gained), _moment(c.k, values, until_end)
-        )
+        return AHLASegment(total, _moment(c.k, c.v, until_end), _moment(c.k, p_gained), _moment(c.k, values, until_end))
     keys = _transformed(c, c.k, None if c.g is None else 2 * c.g, c.gain, c.ridge, residual=c.p)
     S = _moment(c.k, c.k, 2 * until_end)
     if op == "hla2":
@@ -115,22 +114,29 @@ def summarize(
     )
 
 
-def combine(a: Segment, b: Segment) -> Segment:
-    """The summary of segment ``a`` directly followed by segment ``b``."""
-    if type(a) is not type(b):
-        raise TypeError(f"segments of one operator can be combined; got {type(a).__name__} and {type(b).__name__}")
-    total = a.log_decay + b.log_decay
-    if isinstance(a, LinearAttnSegment):
-        return LinearAttnSegment(total, _decayed(a.P, b) + b.P)
-    if isinstance(a, HLA2Segment):
-        return HLA2Segment(
-            total, _decayed(a.S, b, 2) + b.S, a.Z + _decayed(b.Z, a), _decayed(a.F + _mm(a.S, b.Z), b) + b.F
-        )
-    if isinstance(a, AHLASegment):
-        return AHLASegment(total, _decayed(a.P, b) + b.P, a.N + b.N, _decayed(a.E + _mm(b.N, a.P), b) + b.E)
+def _combine_linear_attn(a: LinearAttnSegment, b: LinearAttnSegment) -> LinearAttnSegment:
+    return LinearAttnSegment(a.log_decay + b.log_decay, _decayed(a.P, b) + b.P)
+
+
+def _combine_hla2(a: HLA2Segment, b: HLA2Segment) -> HLA2Segment:
+    return HLA2Segment(
+        a.log_decay + b.log_decay,
+        _decayed(a.S, b, 2) + b.S,
+        a.Z + _decayed(b.Z, a),
+        _decayed(a.F + _mm(a.S, b.Z), b) + b.F,
+    )
+
+
+def _combine_ahla(a: AHLASegment, b: AHLASegment) -> AHLASegment:
+    return AHLASegment(
+        a.log_decay + b.log_decay, _decayed(a.P, b) + b.P, a.N + b.N, _decayed(a.E + _mm(b.N, a.P), b) + b.E
+    )
+
+
+def _combine_hla3(a: HLA3Segment, b: HLA3Segment) -> HLA3Segment:
     S_Q = _mm(a.S, b.Q)
     return HLA3Segment(
-        total,
+        a.log_decay + b.log_decay,
         _decayed(a.S, b, 2) + b.S,
         _decayed(a.P, b) + b.P,
         a.Q + _decayed(b.Q, a, 2),
@@ -140,9 +146,25 @@ def combine(a: Segment, b: Segment) -> Segment:
     )
 
 
+_COMBINE: dict[type, Callable[[Any, Any], Any]] = {
+    LinearAttnSegment: _combine_linear_attn,
+    HLA2Segment: _combine_hla2,
+    AHLASegment: _combine_ahla,
+    HLA3Segment: _combine_hla3,
+}
+
+
+def combine(a: Segment, b: Segment) -> Segment:
+    """The summary of segment ``a`` directly followed by segment ``b``."""
+    if type(a) is not type(b):
+        raise TypeError(f"segments of one operator can be combined; got {type(a).__name__} and {type(b).__name__}")
+    return _COMBINE[type(a)](a, b)
+
+
 def empty(segment: Segment) -> Segment:
     """The empty segment of the same kind and shape: the identity of `combine`."""
-    return type(segment)(*(torch.zeros_like(x) for x in segment))
+    cls: Any = type(segment)
+    return cls(*(torch.zeros_like(x) for x in segment))
 
 
 def advance(state: State, segment: Segment) -> State:
@@ -156,9 +178,7 @@ def advance(state: State, segment: Segment) -> State:
         return AHLAState(_decayed(state.P, b) + b.P, _decayed(state.E + _mm(b.N, state.P), b) + b.E)
     if isinstance(state, HLA3State) and isinstance(b, HLA3Segment):
         read = _mm(state.S, b.X) + _mm(b.Y + _mm(state.S, b.Q), state.P)
-        return HLA3State(
-            _decayed(state.S, b, 2) + b.S, _decayed(state.P, b) + b.P, _decayed(state.F + read, b) + b.F
-        )
+        return HLA3State(_decayed(state.S, b, 2) + b.S, _decayed(state.P, b) + b.P, _decayed(state.F + read, b) + b.F)
     raise TypeError(f"a {type(segment).__name__} can't advance a {type(state).__name__}")
 
 

@@ -7,7 +7,7 @@ heads of the inner query p (HQ if p is "q", HKV if p is "k"). Everything is floa
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class AHLAState(NamedTuple):
 
 
 class AHLANState(NamedTuple):
-    """ahla of an order other than 2: as `AHLAState`, with ``E [B, order - 1, HP, K, V]``, ``n [B, order - 1, HP, K]``."""
+    """ahla of an order other than 2: `AHLAState` with ``E [B, order - 1, HP, K, V]``, ``n [B, order - 1, HP, K]``."""
 
     P: Tensor
     E: Tensor
@@ -49,7 +49,7 @@ class AHLANState(NamedTuple):
 
 
 class HLA3State(NamedTuple):
-    """``S [B, HKV, K, K]``, ``P [B, HKV, K, V]``, ``F [B, HP, K, V] = sum k~ v~^T``; ``m [B, HKV, K]``, ``n [B, HP, K]``."""
+    """``S [B, HKV, K, K]``, ``P [B, HKV, K, V]``, ``F [B, HP, K, V] = sum k~ v~^T``; ``m``, ``n`` as in `AHLAState`."""
 
     S: Tensor
     P: Tensor
@@ -105,7 +105,7 @@ def pack(op: str, order: int | None, S: Tensor | None, moments: list[Tensor], on
             if parts is not None:
                 rest = parts[len(names) :]
                 fields[name] = torch.stack(rest, 1) if rest else like.new_zeros(shape[0], 0, *shape[1:])
-    cls = state_class(op, order)
+    cls: Any = state_class(op, order)
     if "S" in cls._fields:
         fields["S"] = S
     if op == "hla_n":
@@ -120,8 +120,8 @@ def unpack(op: str, order: int | None, state: State) -> tuple[Tensor | None, lis
     ones = [getattr(state, name) for name in ones_names]
     if field := _stacked(op, order):
         moments += getattr(state, field).unbind(1)
-        if state.n is not None:
-            ones += state.n.unbind(1)
+        if (n := getattr(state, "n", None)) is not None:
+            ones += n.unbind(1)
     has_ones = any(x is not None for name, x in zip(state._fields, state, strict=True) if name in ("m", "n"))
     return getattr(state, "S", None), moments, ones if has_ones else None
 

@@ -115,7 +115,10 @@ def relative_error(x: Tensor, truth: Tensor) -> float:
     if truth.numel() == 0:
         assert x.shape == truth.shape
         return 0.0
-    return float((x.detach().double() - truth.detach().double()).abs().max() / truth.detach().double().abs().max().clamp(min=1e-30))
+    return float(
+        (x.detach().double() - truth.detach().double()).abs().max()
+        / truth.detach().double().abs().max().clamp(min=1e-30)
+    )
 
 
 def gradients(output: Tensor, leaves, do: Tensor | None = None) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""The laws of the operators: all forms agree, splitting and packing change nothing, the past does not see the future."""
+"""The laws of the operators: all forms agree, splitting and packing change nothing, the past never sees the future."""
 
 import pytest
 import torch
@@ -107,7 +107,8 @@ def test_packed_equals_separate(name, option, small_chunks):  # noqa: F811
         packed, state = x.chunk(initial_state=initial, output_final_state=True, cu_seqlens=cu)
         assert_close(packed, truth)
         assert_states_close(
-            state, type(some)(*(None if y[0] is None else torch.cat(y) for y in zip(*(s for _, s in parts), strict=True)))
+            state,
+            type(some)(*(None if y[0] is None else torch.cat(y) for y in zip(*(s for _, s in parts), strict=True))),
         )
     do = torch.randn_like(truth)
     grads, truths = (gradients(o, leaves.values(), do) for o in (packed, truth))
@@ -279,7 +280,10 @@ def test_non_causal_packed_equals_separate():
     borders = [0, 70, 70, 150]
     leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v)]
     packed, _ = hla.linear_attn(*leaves, causal=False, cu_seqlens=torch.tensor(borders))
-    parts = [hla.linear_attn(*(y[:, a:b] for y in leaves), causal=False)[0] for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [
+        hla.linear_attn(*(y[:, a:b] for y in leaves), causal=False)[0]
+        for a, b in zip(borders, borders[1:], strict=False)
+    ]
     truth = torch.cat(parts, 1)
     assert_close(packed, truth)
     do = torch.randn_like(truth)
@@ -299,9 +303,11 @@ LOW_PRECISION = [
 
 
 @pytest.mark.parametrize("name,option", LOW_PRECISION)
-@pytest.mark.parametrize("dtype,forward,backward", [(torch.bfloat16, 5e-3, 1e-2), (torch.float16, 1e-3, 2e-3), (torch.float32, 1e-5, 1e-5)])
+@pytest.mark.parametrize(
+    "dtype,forward,backward", [(torch.bfloat16, 5e-3, 1e-2), (torch.float16, 1e-3, 2e-3), (torch.float32, 1e-5, 1e-5)]
+)
 def test_error_budget_against_float64(name, option, dtype, forward, backward):
-    """Error against the float64 truth of the same rounded inputs: rounding of the output (and gradients) and no more."""
+    """Error against the float64 truth of the same rounded inputs: the rounding of output and gradients, no more."""
     scale = 0.5
     low = Inputs(name, option, B=1, T=300, K=16, V=8)
     high = Inputs(name, option, B=1, T=300, K=16, V=8)

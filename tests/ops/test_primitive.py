@@ -36,7 +36,17 @@ def defining_sum(q, k, v, g, mode, initial_state):
     return o.transpose(1, 2), final.unflatten(1, (state_heads, -1))[:, :, 0]
 
 
-HEADS = [(1, 1, 1, 1), (4, 2, 2, 2), (4, 4, 2, 2), (4, 2, 4, 1), (2, 4, 4, 2), (2, 2, 2, 4), (2, 1, 1, 4), (1, 2, 2, 2), (6, 2, 6, 1)]
+HEADS = [
+    (1, 1, 1, 1),
+    (4, 2, 2, 2),
+    (4, 4, 2, 2),
+    (4, 2, 4, 1),
+    (2, 4, 4, 2),
+    (2, 2, 2, 4),
+    (2, 1, 1, 4),
+    (1, 2, 2, 2),
+    (6, 2, 6, 1),
+]
 
 
 @given(
@@ -108,7 +118,9 @@ def test_equals_its_defining_sum_with_all_gradients(
     for x, grad, truth in zip(leaves, grads, truths, strict=True):
         zeros = torch.zeros_like(x)
         grad, truth = zeros if grad is None else grad, zeros if truth is None else truth
-        assert float((grad - truth).abs().max() if x.numel() else 0) <= 1e-10 * (1 + float(truth.abs().max() if x.numel() else 0))
+        assert float((grad - truth).abs().max() if x.numel() else 0) <= 1e-10 * (
+            1 + float(truth.abs().max() if x.numel() else 0)
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -160,7 +172,7 @@ def test_double_backward_is_refused():
 
 
 def test_groups_are_never_repeated_in_memory(monkeypatch):
-    """A grouped call allocates no tensor as large as k repeated over the query heads, and saves its inputs as they are."""
+    """A grouped call allocates nothing as large as k repeated over query heads, and saves its inputs as they are."""
     HQ, T, K = 16, 4096, 16
     monkeypatch.setattr(linear_attn, "BLOCK_NUMBERS", 1)
     q, k, v = (x.requires_grad_() for x in (torch.randn(1, T, HQ, K), torch.randn(1, T, 1, K), torch.randn(1, T, 1, 2)))
