@@ -1,8 +1,7 @@
 """The operators. Read `reference` (definitions), `family` (the idea), `linear_attn` (the primitive), `higher_order`.
 
 This file holds the dispatch table, operator x form x backend -> function of one checked `Call`. The operator "la" is
-the primitive: where a backend has no fused function for an operator, the composition over that backend's primitive is used.
-A new kernel is one line here.
+the primitive: where a backend has no fused function for an operator, the composition over its primitive is used. A new kernel is one line here.
 """
 
 from __future__ import annotations

@@ -140,7 +140,7 @@ class _Shape:
 
 
 class _Weights:
-    """Decay weights of a block: ``read``, ``write [B, M, Hg, C, 1]``, ``log_rho [B, M, Hs]``, ``E [B, M, Hg, C, C]``."""
+    """Decays of a block: ``read``, ``write [B, M, Hg, C, 1]``, ``log_rho [B, M, Hs]``, ``E [B, M, Hg, C, C]``."""
 
     def __init__(self, shape: _Shape, g: Tensor | None, first: int, last: int):
         self.shape = shape

@@ -9,8 +9,8 @@ parallelism and sequence-split kernels rest on. With ``rho = exp(total g)``, A b
     hla3:  S, P as above,         Q = Q_A + rhoA^2 Q_B,    X = X_A + rhoA (X_B + Q_B P_A),  Y = Y_A + Y_B + S_A Q_B,
            F = rhoB (F_A + S_A X_B + Y_B P_A + S_A Q_B P_A) + F_B
 
-The tuples Z, N, Q, X, Y are how a segment will answer to what comes before it. (Zhang et al. 2025, sections 4.2, 6.2 and
-7.2 give such algebras; theirs are associative without decay only, and need O(K^3 V) maps at third order.)
+Z, N, Q, X, Y are how a segment will answer to what comes before it. (Zhang et al. 2025, sections 4.2, 6.2 and 7.2 give
+such algebras; theirs are associative without decay only, and need O(K^3 V) maps at third order.)
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AHLASegment(NamedTuple):
 
 
 class HLA3Segment(NamedTuple):
-    """``S``, ``P`` per HKV; per HP ``Q [K, K]`` of p p^T, ``X [K, V]`` of p v~^T, ``Y [K, K]`` of k~ p^T, ``F [K, V]``."""
+    """Per HKV ``S``, ``P``; per HP ``Q [K, K]`` of p p^T, ``X [K, V]`` of p v~^T, ``Y [K, K]`` of k~ p^T, ``F``."""
 
     log_decay: Tensor
     S: Tensor
