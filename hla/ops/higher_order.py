@@ -7,7 +7,7 @@ fused kernel where one is registered and `compose` otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,58 +16,103 @@ from torch import Tensor
 from hla.ops.checks import Call, check_backend, check_call
 from hla.ops.family import readings, transforms_keys
 from hla.ops.layout import Packed
-from hla.ops.linear_attn import CHUNK, compute_dtype
+from hla.ops.linear_attn import CHUNK, Stage, chain, compute_dtype, la
 from hla.ops.state import AHLANState, AHLAState, HLA2State, HLA3State, HLANState, LinearAttnState, State, pack, unpack
 
 PerToken = float | Tensor
 
 
-def compose(call: Call, la: Callable) -> tuple[Tensor, State | None]:
-    """Any operator from calls of the primitive ``la`` (see `family`)."""
+def compose(call: Call, run: Callable = chain) -> tuple[Tensor, State | None]:
+    """Any operator as a chain of linear attentions: the transformed keys if there are any, then every reading.
+
+    ``run`` executes chains: `hla.ops.linear_attn.chain`, or `one_by_one` over a backend's primitive.
+    """
     c, dtype = call, compute_dtype(call.q, call.v)
-    plan = readings(c.op, c.order)
-    want = c.output_final_state
-    S0: Tensor | None = None
-    moments0: Any = [None] * len(plan)
-    ones0: Any = moments0
-    if c.initial_state is not None:
-        S0, moments0, ones0 = unpack(c.op, c.order, c.initial_state)
-    shared: dict[str, Any] = dict(output_final_state=want, cu_seqlens=c.cu_seqlens)
+    tensors, per_token = {"q": c.q, "k": c.k, "v": c.v}, {}
+    p = "q" if c.p is c.q else "k" if c.p is c.k else "p"
+    tensors[p] = c.p
 
-    keys, S = {"k": c.k}, None
-    if transforms_keys(c.op, c.order):
-        keys["k~"], S = la(
-            c.p, c.k, c.k, None if c.g is None else 2 * c.g,
-            gain=c.gain * c.scale, ridge=c.ridge, residual=_if_used(c.ridge, c.p),
-            initial_state=S0, out_dtype=dtype, **shared,
-        )  # fmt: skip
+    def stage(out: str, query: str, keys: str, values: str, residual: str, shaped_by: str | None, gate: int) -> Stage:
+        gain, ridge = c.shaping(shaped_by)
+        for name, x in ((f"{shaped_by}.gain", gain), (f"{shaped_by}.ridge", ridge)):
+            if isinstance(x, Tensor):
+                per_token[name] = x * c.scale if x is gain else x
+        return Stage(
+            out=out,
+            query=query,
+            keys=keys,
+            values=values,
+            gate=gate,
+            gain=f"{shaped_by}.gain" if isinstance(gain, Tensor) else gain * c.scale,
+            ridge=f"{shaped_by}.ridge" if isinstance(ridge, Tensor) else ridge,
+            residual=None if isinstance(ridge, float) and ridge == 0.0 else residual,
+        )
 
-    def read(x: Tensor, initial: list, out_dtype: torch.dtype) -> tuple[Tensor, list]:
-        finals = []
-        for index, (reading, moment) in enumerate(zip(plan, initial, strict=True)):
-            gain, ridge = c.shaping(reading.shaped_by)
-            x, final = la(
-                c.q if reading.query == "q" else c.p, keys[reading.keys], x, c.g,
-                gain=gain * c.scale, ridge=ridge, residual=_if_used(ridge, x),
-                initial_state=moment, out_dtype=out_dtype if index == len(plan) - 1 else dtype, **shared,
-            )  # fmt: skip
-            finals.append(final)
-        return x, finals
+    def readings_of(x: str) -> list[Stage]:
+        """The readings of the values called x."""
+        stages = []
+        for i, reading in enumerate(readings(c.op, c.order)):
+            values, query = x if i == 0 else f"{x}{i}", "q" if reading.query == "q" else p
+            stages.append(stage(f"{x}{i + 1}", query, reading.keys, values, values, reading.shaped_by, gate=1))
+        return stages
 
-    o, moments = read(c.v, moments0, dtype if c.normalize else c.v.dtype)
-    ones = None
+    stages = [stage("k~", p, "k", "k", p, "gain", gate=2)] if transforms_keys(c.op, c.order) else []
+    stages += readings_of("v")
+    o = stages[-1].out
+    outputs = {o: dtype if c.normalize else c.v.dtype}
     if c.normalize:
-        ones_v = torch.ones((*c.v.shape[:-1], 1), dtype=dtype, device=c.v.device)
-        initial = [None if x is None else x.unsqueeze(-1) for x in ones0]
-        denominator, ones = read(ones_v, initial, dtype)
-        o = (o / (denominator + c.eps)).to(c.v.dtype)
-    if not want:
-        return o, None
-    return o, pack(c.op, c.order, S, moments, None if ones is None else [x.squeeze(-1) for x in ones])
+        tensors["1"] = torch.ones((*c.v.shape[:-1], 1), dtype=dtype, device=c.v.device)
+        stages += readings_of("1")
+        outputs[stages[-1].out] = dtype
+
+    initial: list[Tensor | None] = [None] * len(stages)
+    if c.initial_state is not None:
+        S, moments, ones = unpack(c.op, c.order, c.initial_state)
+        initial = [] if S is None else [S]
+        initial += [*moments, *(x.unsqueeze(-1) for x in ones or ())]
+    results, finals = run(
+        stages, tensors, per_token, c.g, outputs=outputs, initial_states=initial, cu_seqlens=c.cu_seqlens
+    )
+    y = (results[0] / (results[1] + c.eps)).to(c.v.dtype) if c.normalize else results[0]
+    if not c.output_final_state:
+        return y, None
+    S = finals.pop(0) if transforms_keys(c.op, c.order) else None
+    count = len(readings(c.op, c.order))
+    ones = [x.squeeze(-1) for x in finals[count:]] if c.normalize else None
+    return y, pack(c.op, c.order, S, finals[:count], ones)
 
 
-def _if_used(ridge: PerToken, residual: Tensor) -> Tensor | None:
-    return None if isinstance(ridge, float) and ridge == 0.0 else residual
+def one_by_one(
+    stages: Sequence[Stage],
+    tensors: dict[str, Tensor],
+    per_token: dict[str, Tensor],
+    g: Tensor | None,
+    *,
+    outputs: dict[str, torch.dtype],
+    initial_states: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None = None,
+    la: Callable = la,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """A chain as one call of the primitive per stage, for backends that have no more than the primitive."""
+    x = {**tensors, **per_token}
+    dtype, finals = compute_dtype(*tensors.values()), []
+    for s, state in zip(stages, initial_states, strict=True):
+        x[s.out], final = la(
+            x[s.query],
+            x[s.keys],
+            x[s.values],
+            None if g is None else s.gate * g,
+            gain=x[s.gain] if isinstance(s.gain, str) else s.gain,
+            ridge=x[s.ridge] if isinstance(s.ridge, str) else s.ridge,
+            residual=None if s.residual is None else x[s.residual],
+            initial_state=state,
+            output_final_state=True,
+            mode=s.mode,
+            cu_seqlens=cu_seqlens,
+            out_dtype=outputs.get(s.out, dtype),
+        )
+        finals.append(final)
+    return [x[name] for name in outputs], finals
 
 
 def _run(backend: str | None, *args, **kwargs) -> tuple[Tensor, State | None]:
@@ -170,7 +215,7 @@ def _full_sequence(c: Call) -> Tensor:
             total = per_chunk.new_zeros(layout.sequences, *per_chunk.shape[1:]).index_add(0, layout.sequence, per_chunk)
             y = c.scale * grouped @ total[layout.sequence]
             y = y.unflatten(2, (group, q.shape[2])).flatten(1, 2)[None]
-            out = layout.new_output((1, c.q.shape[1], c.q.shape[2], y.shape[-1]), y, dtype)
+            out = layout.new_output((1, c.q.shape[1], c.q.shape[2], y.shape[-1]), y.device, dtype)
             layout.store(out, y, 0, layout.num_chunks)
             return layout.finish_output(out)
 

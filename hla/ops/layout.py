@@ -30,9 +30,9 @@ class Uniform:
         x = x.unflatten(1, (last - first, self.chunk)).transpose(2, 3)
         return torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
 
-    def new_output(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
+    def new_output(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
         """``[B, T, H, D]`` to be filled by `store`."""
-        return torch.empty(shape, dtype=dtype, device=like.device)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def store(self, out: Tensor, y: Tensor, first: int, last: int) -> None:
         """The inverse of `load`: writes chunks into ``out [B, T, H, D]``."""
@@ -88,8 +88,8 @@ class Packed:
             rows = x[0].index_select(0, self.read[span]).masked_fill_(~self.valid[span, None, None], 0).to(dtype)
         return rows.unflatten(0, (last - first, self.chunk)).transpose(1, 2).contiguous()[None]
 
-    def new_output(self, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty((shape[0], shape[1] + 1, *shape[2:]), dtype=dtype, device=like.device)
+    def new_output(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.empty((shape[0], shape[1] + 1, *shape[2:]), dtype=dtype, device=device)
 
     def store(self, out: Tensor, y: Tensor, first: int, last: int) -> None:
         rows = y[0].transpose(1, 2).flatten(0, 1).to(out.dtype)

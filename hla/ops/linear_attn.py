@@ -1,6 +1,6 @@
 """The primitive: causal linear attention ``LA(q, k, v; g)`` in chunk form, with its own gradient.
 
-Every operator of this package is one or more calls of `la`. With ``c_t = g_1 + ... + g_t`` (log-decay, ``g <= 0``):
+With ``c_t = g_1 + ... + g_t`` (log-decay, ``g <= 0``):
 
     inclusive  o_t = sum_{j<=t} exp(c_t - c_j)     (q_t . k_j) v_j
     strict     o_t = sum_{j<t}  exp(c_{t-1} - c_j) (q_t . k_j) v_j
@@ -13,19 +13,23 @@ own ``k v^T`` has decayed when the chunk is left), and a direction. All exponent
 
 **Gradient.** The adjoint of LA is LA (with read and write exchanged and the direction turned):
 ``dq = LA(do, v, k)``, ``dk = LA^r(v, do, q)``, ``dv = LA^r(k, q, do)``. One walk against the direction of the forward
-pass computes all three from the same two C x C matrices; it recomputes the states of a block of chunks from the one
-state per block that the forward pass kept.
+pass computes all three; it recomputes the states of a block of chunks from the one state that entered the block.
+
+**Chains.** Operators are short chains of such stages (`family`). `chain` takes a block of chunks through all stages
+before it goes on to the next block, in the backward pass too, so that a block is loaded once and gradients of what
+several stages read meet in cache. `la` is a chain of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hla.ops.grouped import add_, dot, mm, outer, scale_heads_, scaled, sum_heads, tmm
 from hla.ops.layout import Packed, Uniform
 
 CHUNK = 64
@@ -46,6 +50,64 @@ def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """``out = gain * LA(query, keys, values; gate * g) + ridge * residual``; operands are names of tensors.
+
+    ``gain`` and ``ridge`` are numbers or names of per-token tensors ``[B, T, heads of query]``.
+    """
+
+    out: str
+    query: str
+    keys: str
+    values: str
+    gate: int = 1
+    gain: float | str = 1.0
+    ridge: float | str = 0.0
+    residual: str | None = None
+    mode: str = "inclusive"
+
+
+def chain(
+    stages: Sequence[Stage],
+    tensors: dict[str, Tensor],
+    per_token: dict[str, Tensor],
+    g: Tensor | None,
+    *,
+    outputs: dict[str, torch.dtype],
+    initial_states: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Runs stages one after the other; a stage may read what earlier ones wrote.
+
+    Args:
+        stages: all of one direction (reversed, or not).
+        tensors: named inputs ``[B, T, H, D]``. Head counts are independent as long as, of any two that meet, one
+            divides the other; head h of the larger uses head ``h // group`` of the smaller, which is never repeated.
+        per_token: named gains and ridges ``[B, T, H]``. g: ``[B, T, Hg]`` or None.
+        outputs: names of the results wanted, with their dtypes.
+        initial_states: per stage ``[B or N, Hs, K, V]`` with ``Hs = max(heads of keys, values, g)``, or None.
+        cu_seqlens: ``[N + 1]``; B must be 1.
+
+    Inputs may be any mix of float64, float32, bfloat16 and float16; all sums are in float32 (float64 if any input is).
+    Arguments are trusted here: `hla.ops.checks` has the checks of the public functions.
+
+    Returns:
+        The outputs, and the final state of every stage (float32 / float64).
+    """
+    flat = [*tensors.values(), *per_token.values(), *initial_states]
+    plan = _Plan(
+        stages=tuple(stages),
+        tensors=tuple(tensors),
+        per_token=tuple(per_token),
+        outputs=tuple(outputs.items()),
+        differentiable=torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (g, *flat)),
+    )
+    with no_autocast(next(iter(tensors.values()))):
+        results = _Chain.apply(plan, cu_seqlens, g, *flat)
+    return list(results[: len(outputs)]), list(results[len(outputs) :])
+
+
 def la(
     q: Tensor,
     k: Tensor,
@@ -61,332 +123,393 @@ def la(
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``o = gain * LA(q, k, v; g) + ridge * residual``: linear attention with the affine end every composition needs.
+    """``o = gain * LA(q, k, v; g) + ridge * residual``: a `chain` of one stage.
 
     Args:
-        q: ``[B, T, Hq, K]``; k: ``[B, T, Hk, K]``; v: ``[B, T, Hv, V]``; g: ``[B, T, Hg]`` log-decay or None. The head
-            counts are independent as long as, of any two, one divides the other; head h of the larger uses head
-            ``h // group`` of the smaller, which is never repeated in memory.
+        q: ``[B, T, Hq, K]``; k: ``[B, T, Hk, K]``; v: ``[B, T, Hv, V]``; g: ``[B, T, Hg]`` log-decay or None.
         gain: float or ``[B, T, Hq]``. ridge: float or ``[B, T, Hq]``, with residual ``[B, T, Hr, V]``.
         initial_state: ``[B or N, Hs, K, V]`` with ``Hs = max(Hk, Hv, Hg)``.
-        cu_seqlens: ``[N + 1]``; B must be 1.
         out_dtype: dtype of o; by default that of v.
-
-    Inputs may be any mix of float64, float32, bfloat16 and float16; all sums are in float32 (float64 if any input is).
-    The arguments are trusted here: `hla.ops.checks` has the checks of the public functions.
 
     Returns:
         o ``[B, T, max of all head counts, V]`` and the final state (float32 / float64), or None.
     """
-    # A tensor in several roles (k as keys and values, p as query and residual) is loaded, its gradient stored, once.
-    roles = [q, k, v] if residual is None else [q, k, v, residual]
-    tensors: list[Tensor] = []
-    where = []
-    for x in roles:
-        found = next((i for i, y in enumerate(tensors) if y is x), None)
-        where.append(len(tensors) if found is None else found)
-        if found is None:
-            tensors.append(x)
-    plan = _Plan(
-        where=tuple(where),
+    tensors: dict[str, Tensor] = {}
+
+    def name(x: Tensor) -> str:
+        """One name per tensor: k as keys and values is loaded once, and has one gradient."""
+        known = next((n for n, y in tensors.items() if y is x), None)
+        tensors[known or f"x{len(tensors)}"] = x
+        return known or f"x{len(tensors) - 1}"
+
+    per_token = {n: x for n, x in (("gain", gain), ("ridge", ridge)) if isinstance(x, Tensor)}
+    stage = Stage(
+        out="o",
+        query=name(q),
+        keys=name(k),
+        values=name(v),
+        gain="gain" if isinstance(gain, Tensor) else gain,
+        ridge="ridge" if isinstance(ridge, Tensor) else ridge,
+        residual=None if residual is None else name(residual),
         mode=mode,
-        gain=1.0 if isinstance(gain, Tensor) else float(gain),
-        ridge=0.0 if isinstance(ridge, Tensor) else float(ridge),
-        out_dtype=out_dtype or v.dtype,
-        output_final_state=output_final_state,
     )
-    gain_t = gain if isinstance(gain, Tensor) else None
-    ridge_t = ridge if isinstance(ridge, Tensor) else None
-    with no_autocast(q):
-        o, final = _LinearAttention.apply(plan, g, gain_t, ridge_t, initial_state, cu_seqlens, *tensors)
+    (o,), (final,) = chain(
+        [stage],
+        tensors,
+        per_token,
+        g,
+        outputs={"o": out_dtype or v.dtype},
+        initial_states=[initial_state],
+        cu_seqlens=cu_seqlens,
+    )
     return o, final if output_final_state else None
 
 
 @dataclass(frozen=True)
 class _Plan:
-    where: tuple[int, ...]  # which of the distinct tensors plays q, k, v (and the residual)
-    mode: str
-    gain: float
-    ridge: float
-    out_dtype: torch.dtype
-    output_final_state: bool
+    """What a chain computes, without the tensors."""
+
+    stages: tuple[Stage, ...]
+    tensors: tuple[str, ...]
+    per_token: tuple[str, ...]
+    outputs: tuple[tuple[str, torch.dtype], ...]
+    differentiable: bool
+
+    def split(self, flat: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any], list[Any]]:
+        """(tensors, per-token tensors, initial states) of a flat list."""
+        a, b = len(self.tensors), len(self.tensors) + len(self.per_token)
+        return (
+            dict(zip(self.tensors, flat[:a], strict=True)),
+            dict(zip(self.per_token, flat[a:b], strict=True)),
+            list(flat[b:]),
+        )
+
+    def reads(self, stage: int) -> set[str]:
+        """Names of the tensors a stage reads."""
+        s = self.stages[stage]
+        names = {s.query, s.keys, s.values, s.residual, s.gain, s.ridge}
+        return {name for name in names if isinstance(name, str)}
+
+    @property
+    def intermediates(self) -> list[str]:
+        """What one stage writes for a later one: kept for the backward pass."""
+        read = set().union(*(self.reads(i) for i in range(len(self.stages))))
+        return [s.out for s in self.stages if s.out in read]
+
+    @property
+    def last_read(self) -> list[set[str]]:
+        """Per stage, what no earlier stage reads: their gradients are complete when the backward pass leaves it."""
+        sets, earlier = [], set[str]()
+        for i in range(len(self.stages)):
+            sets.append(self.reads(i) - earlier)
+            earlier |= sets[-1]
+        return sets
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """Head counts and widths of one stage: query, keys, values, gate, state, output."""
+
+    q: int
+    k: int
+    v: int
+    g: int
+    s: int
+    o: int
+    K: int
+    V: int
 
 
 class _Shape:
-    """Sizes, layout and block boundaries shared by the forward and the backward pass of one call."""
+    """Sizes, layout and block boundaries of a call, the same for its forward and its backward pass."""
 
-    def __init__(self, plan: _Plan, tensors, g: Tensor | None, cu_seqlens: Tensor | None):
-        q, k, v = (tensors[i] for i in plan.where[:3])
-        self.dtype = compute_dtype(*tensors)
-        self.hq, self.hk, self.hv = q.shape[2], k.shape[2], v.shape[2]
-        self.hg = 1 if g is None else g.shape[2]
-        self.hs = max(self.hk, self.hv, self.hg)  # heads of the state
-        self.ho = max(self.hq, self.hs)  # heads of the output
-        self.batch, self.length, self.K, self.V = q.shape[0], q.shape[1], q.shape[3], v.shape[3]
+    def __init__(self, plan: _Plan, tensors: dict[str, Tensor], g: Tensor | None, cu_seqlens: Tensor | None):
+        first = next(iter(tensors.values()))
+        self.batch, self.length = first.shape[:2]
+        self.dtype, self.device = compute_dtype(*tensors.values()), first.device
+        sizes = {name: x.shape[2:] for name, x in tensors.items()}
+        gate = 1 if g is None else g.shape[2]
+        self.heads = []
+        for s in plan.stages:
+            (q, K), (k, _), (v, V) = sizes[s.query], sizes[s.keys], sizes[s.values]
+            state = max(k, v, gate)
+            self.heads.append(_Heads(q, k, v, gate, state, max(q, state), K, V))
+            sizes[s.out] = torch.Size((max(q, state), V))
+        self.sizes = sizes
         chunk = min(CHUNK, max(16, -(-self.length // 16) * 16))
         self.layout = (
             Uniform(self.batch, self.length, chunk) if cu_seqlens is None else Packed(cu_seqlens, self.length, chunk)
         )
-        on_gpu = q.device.type == "cuda"
-        numbers_per_chunk = max(1, self.batch * self.ho * chunk * max(self.K, self.V))
-        step = max(1, (GPU_BLOCK_NUMBERS if on_gpu else BLOCK_NUMBERS) // numbers_per_chunk)
+        numbers = GPU_BLOCK_NUMBERS if self.device.type == "cuda" else BLOCK_NUMBERS
+        widest = max(h.o * max(h.K, h.V) for h in self.heads)
+        step = max(1, numbers // max(1, self.batch * chunk * widest))
         n = self.layout.num_chunks
-        self.blocks = [(first, min(first + step, n)) for first in range(0, n, step)]
-        self.strict, self.reverse = plan.mode == "strict", plan.mode == "reversed"
+        self.reverse = plan.stages[0].mode == "reversed"
+        # First and last chunk of each block, in the direction of the forward pass.
+        self.blocks = [(a, min(a + step, n)) for a in range(0, n, step)]
+        if self.reverse:
+            self.blocks.reverse()
 
-    def blocks_in_order(self) -> list[tuple[int, int]]:
-        """First and last chunk of each block, in the direction of the forward pass."""
-        return self.blocks[::-1] if self.reverse else self.blocks
+    def state(self, stage: int, given: Tensor | None) -> Tensor:
+        """A state as given, or zeros."""
+        if given is not None:
+            return given.to(self.dtype)
+        h = self.heads[stage]
+        return torch.zeros(self.layout.sequences, h.s, h.K, h.V, dtype=self.dtype, device=self.device)
+
+    def new(self, name_or_heads: str | int, dtype: torch.dtype) -> Tensor:
+        """Memory for a named tensor ``[B, T, H, D]``, or for one number per token ``[B, T, H, 1]``."""
+        size = (name_or_heads, 1) if isinstance(name_or_heads, int) else self.sizes[name_or_heads]
+        return self.layout.new_output((self.batch, self.length, *size), self.device, dtype)
 
 
-class _Weights:
-    """Decays of a block: ``read``, ``write [B, M, Hg, C, 1]``, ``log_rho [B, M, Hs]``, ``E [B, M, Hg, C, C]``."""
+class _Block:
+    """One block of chunks at work: named operands ``[B, M, H, C, D]``, per-token numbers ``[B, M, H, C, 1]``, decays."""
 
-    def __init__(self, shape: _Shape, g: Tensor | None, first: int, last: int):
-        self.shape = shape
-        self.read = self.write = self.log_rho = self.E = None
+    def __init__(self, shape: _Shape, first: int, last: int, g: Tensor | None, named: dict[str, Tensor]):
+        self.shape, self.first, self.last = shape, first, last
+        self.named = named  # whole tensors, of which a block is loaded when first read
+        self.loaded: dict[str, Tensor] = {}
+        self.g = None if g is None else self.load(g[..., None])
+        self._decays: dict[tuple[int, str], _Decays] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.loaded:
+            y = self.named[name]
+            self.loaded[name] = self.load(y if y.dim() == 4 else y[..., None])
+        return self.loaded[name]
+
+    def load(self, y: Tensor) -> Tensor:
+        return self.shape.layout.load(y, self.first, self.last, self.shape.dtype)
+
+    def store(self, out: Tensor, y: Tensor) -> None:
+        self.shape.layout.store(out, y, self.first, self.last)
+
+    def decays(self, stage: Stage) -> _Decays:
+        key = (stage.gate, stage.mode)
+        if key not in self._decays:
+            self._decays[key] = _Decays(stage.mode, None if self.g is None else stage.gate * self.g)
+        return self._decays[key]
+
+    def number(self, value: float | str) -> float | Tensor:
+        return self[value] if isinstance(value, str) else value
+
+    def query(self, stage: Stage) -> Tensor:
+        """``gain_t o_t`` is what the query ``gain_t q_t`` reads."""
+        return scaled(self[stage.query], self.number(stage.gain))
+
+    def states(self, stage: Stage, heads: _Heads, walk: Any) -> Tensor:
+        """The states that enter the chunks of this block."""
+        w = self.decays(stage)
+        written = outer(scaled(self[stage.keys], w.write), self[stage.values], heads.s)
+        return walk.block(written, w.log_rho(heads), self.first, self.last)
+
+    def forward(self, stage: Stage, heads: _Heads, walk: Any) -> None:
+        w, q = self.decays(stage), self.query(stage)
+        y = mm(w.mask_(mm(q, self[stage.keys].mT)), self[stage.values])
+        y = add_(y, mm(scaled(q, w.read), self.states(stage, heads, walk)))
+        if stage.residual is not None:
+            y = add_(y, scaled(self[stage.residual], self.number(stage.ridge)))
+        self.loaded[stage.out] = y
+
+
+class _Decays:
+    """Decays of a block: ``read``, ``write [B, M, Hg, C, 1]``, ``E [B, M, Hg, C, C]``; None without a gate."""
+
+    def __init__(self, mode: str, g: Tensor | None):
+        self.mode, self.read, self.write, self.total, self.E = mode, None, None, None, None
         if g is None:
             return
-        g = shape.layout.load(g[..., None], first, last, shape.dtype)  # [B, M, Hg, C, 1]
         c = g.cumsum(3)
-        total = c[..., -1:, :]
-        if shape.reverse:
+        self.total = c[..., -1:, :]
+        if mode == "reversed":
             read, write = -c, -c  # exponents relative to the chunk's left edge
-            self.read, self.write = (total - c).exp(), c.exp()
+            self.read, self.write = (self.total - c).exp(), c.exp()
         else:
-            read, write = (c - g if shape.strict else c), c
-            self.read, self.write = read.exp(), (total - c).exp()
-        self.log_rho = total[..., 0, 0].repeat_interleave(shape.hs // shape.hg, dim=2)
+            read, write = (c - g if mode == "strict" else c), c
+            self.read, self.write = read.exp(), (self.total - c).exp()
         exponent = read - write.mT
         self.E = exponent.masked_fill_(self._outside(exponent), float("-inf")).exp_()
 
     def _outside(self, like: Tensor) -> Tensor:
         ones = torch.ones(like.shape[-2:], dtype=torch.bool, device=like.device)
-        if self.shape.reverse:
+        if self.mode == "reversed":
             return ones.tril(-1)
-        return ones.triu(0 if self.shape.strict else 1)
+        return ones.triu(0 if self.mode == "strict" else 1)
+
+    def log_rho(self, heads: _Heads) -> Tensor | None:
+        """Log-decay over each whole chunk, per head of the state: ``[B, M, Hs]``."""
+        return None if self.total is None else self.total[..., 0, 0].repeat_interleave(heads.s // heads.g, dim=2)
 
     def mask_(self, scores: Tensor) -> Tensor:
         """``scores * E`` (the decayed causal mask), in place where the head counts allow it."""
         if self.E is not None:
-            return _scale_heads(scores, self.E)
-        if self.shape.reverse:
+            return scale_heads_(scores, self.E)
+        if self.mode == "reversed":
             return scores.triu_()
-        return scores.tril_(-1 if self.shape.strict else 0)
+        return scores.tril_(-1 if self.mode == "strict" else 0)
 
 
-class _LinearAttention(torch.autograd.Function):
+class _Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: _Plan, g, gain, ridge, initial_state, cu_seqlens, *tensors):
+    def forward(ctx, plan: _Plan, cu_seqlens, g, *flat):
+        tensors, per_token, initial = plan.split(flat)
         shape = _Shape(plan, tensors, g, cu_seqlens)
-        layout = shape.layout
-        o = layout.new_output((shape.batch, shape.length, shape.ho, shape.V), tensors[0], plan.out_dtype)
-        walk = layout.walk(_state_or_zeros(initial_state, shape, tensors[0]), shape.reverse)
-        entries = []  # the state entering each block, for the backward pass
-        for first, last in shape.blocks_in_order():
-            entries.append(walk.carry)
-            q, k, v, residual = _load_roles(shape, plan, tensors, first, last)
-            w = _Weights(shape, g, first, last)
-            q, _ = _times_gain(shape, plan, q, gain, first, last)
-            states = walk.block(_outer(_scaled(k, w.write), v, shape.hs), w.log_rho, first, last)
-            y = _mm(w.mask_(_mm(q, k.mT)), v)
-            y = _add(y, _mm(_scaled(q, w.read), states))
-            if residual is not None:
-                y = _add(y, _scaled(residual, _per_token(shape, ridge, plan.ridge, first, last)))
-            layout.store(o, y, first, last)
+        outputs = {name: shape.new(name, dtype) for name, dtype in plan.outputs}
+        kept = {name: shape.new(name, shape.dtype) for name in plan.intermediates if plan.differentiable}
+        walks = [shape.layout.walk(shape.state(i, x), shape.reverse) for i, x in enumerate(initial)]
+        entries = []  # the states entering each block, for the backward pass
+        for first, last in shape.blocks:
+            block = _Block(shape, first, last, g, tensors | per_token)
+            if plan.differentiable:
+                entries += [walk.carry for walk in walks]
+            for stage, heads, walk in zip(plan.stages, shape.heads, walks, strict=True):
+                block.forward(stage, heads, walk)
+            for name, out in (*outputs.items(), *kept.items()):
+                block.store(out, block[name])
+        finish = shape.layout.finish_output
+        finals = [walk.final.clone() for walk in walks]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        final = walk.final.clone()
-        ctx.save_for_backward(g, gain, ridge, initial_state, cu_seqlens, final, *tensors, *entries)
-        return layout.finish_output(o), final
+        ctx.save_for_backward(cu_seqlens, g, *flat, *map(finish, kept.values()), *finals, *entries)
+        return *map(finish, outputs.values()), *finals
 
     @staticmethod
-    def backward(ctx, do, dfinal):
-        with no_autocast(ctx.saved_tensors[5]):
-            return _backward(ctx, do, dfinal)
+    def backward(ctx, *grad_outputs):
+        if torch.is_grad_enabled():  # create_graph=True; the terms it would miss must not be missed silently
+            raise RuntimeError("double backward through HLA operators (create_graph=True) is not supported")
+        if all(x is None for x in grad_outputs):
+            return (None,) * len(ctx.needs_input_grad)
+        with no_autocast(ctx.saved_tensors[2]):
+            return None, None, *_backward(ctx.plan, ctx.saved_tensors, grad_outputs, ctx.needs_input_grad[2:])
 
 
-def _backward(ctx, do, dfinal):
-    if torch.is_grad_enabled():  # create_graph=True; the terms it would miss must not be missed silently
-        raise RuntimeError("double backward through HLA operators (create_graph=True) is not supported")
-    plan, count = ctx.plan, max(ctx.plan.where) + 1
-    g, gain, ridge, initial_state, cu_seqlens, final, *rest = ctx.saved_tensors
-    tensors, entries = rest[:count], rest[count:]
-    need_g, need_gain, need_ridge, need_initial = ctx.needs_input_grad[1:5]
-    if do is None and dfinal is None:
-        return (None,) * (6 + count)
+def _backward(plan: _Plan, saved, grad_outputs, needed) -> list[Tensor | None]:
+    """Gradients of ``(g, *flat)``: one walk over the blocks against the forward direction, stages last to first."""
+    cu_seqlens, g, *rest = saved
+    cut = len(plan.tensors) + len(plan.per_token) + len(plan.stages)
+    flat, rest = rest[:cut], rest[cut:]
+    count, n = len(plan.intermediates), len(plan.stages)
+    kept, finals, entries = (
+        dict(zip(plan.intermediates, rest, strict=False)),
+        rest[count : count + n],
+        rest[count + n :],
+    )
+    tensors, per_token, initial = plan.split(flat)
     shape = _Shape(plan, tensors, g, cu_seqlens)
     layout, dtype = shape.layout, shape.dtype
-    if do is None:
-        do = tensors[0].new_zeros(shape.batch, shape.length, shape.ho, shape.V)
+    douts = {name: x for (name, _), x in zip(plan.outputs, grad_outputs, strict=False) if x is not None}
+    dfinals = grad_outputs[len(plan.outputs) :]
 
-    def output(x: Tensor | None, needed: bool, per_token: bool = True) -> Tensor | None:
-        if x is None or not needed:
-            return None
-        return layout.new_output((*x.shape, 1) if per_token else tuple(x.shape), x, dtype if per_token else x.dtype)
+    need_tensors, need_per_token, need_initial = plan.split(needed[1:])
+    last_read = plan.last_read
+    read = set().union(*last_read)
+    grads = {x: shape.new(x, tensors[x].dtype) for x, need in need_tensors.items() if need and x in read}
+    grads |= {x: shape.new(per_token[x].shape[2], dtype) for x, need in need_per_token.items() if need and x in read}
+    gated = g is not None and needed[0]
+    dc = shape.new(g.shape[2], dtype) if gated else None  # of the cumulated decays
+    dread = shape.new(g.shape[2], dtype) if gated and any(s.mode == "strict" for s in plan.stages) else None
+    adjoints = [layout.walk(shape.state(i, x), not shape.reverse) for i, x in enumerate(dfinals)]
 
-    grads = [output(x, n, per_token=False) for x, n in zip(tensors, ctx.needs_input_grad[6:], strict=True)]
-    dgain, dridge, dc = output(gain, need_gain), output(ridge, need_ridge), output(g, need_g)
-    dread = output(g, need_g and shape.strict)
-    initial = _state_or_zeros(initial_state, shape, do)
-    against = layout.walk(_state_or_zeros(dfinal, shape, do), not shape.reverse)
-    heads_q, heads_k = max(shape.hq, shape.hg), max(shape.hk, shape.hg)
-
-    for (first, last), entry in zip(reversed(shape.blocks_in_order()), reversed(entries), strict=True):
-        q_in, k, v, residual = _load_roles(shape, plan, tensors, first, last)
-        dy = layout.load(do, first, last, dtype)
-        w = _Weights(shape, g, first, last)
-        q, gain_block = _times_gain(shape, plan, q_in, gain, first, last)
-        # Intermediate results are deleted as soon as they were used: they are most of the memory of a backward pass.
-        walk = layout.walk(initial, shape.reverse)
-        walk.carry = entry
-        written = _scaled(k, w.write)
-        states = walk.block(_outer(written, v, shape.hs), w.log_rho, first, last)
-        dscores = w.mask_(_mm(dy, v.mT))
-        dq = _sum_heads(_add(_mm(dscores, k), _mm(_scaled(dy, w.read), states.mT)), heads_q)
-        del states
-        dk = _tmm(dscores, q, heads_k)
-        del dscores
-        dv = _tmm(w.mask_(_mm(q, k.mT)), dy, shape.hv)
-        adjoint = against.block(_outer(_scaled(q, w.read), dy, shape.hs), w.log_rho, first, last)
-        if k is v and dc is None:  # keys that are their own values: both adjoint readings in one product
-            dk = _add(_add(dk, dv), _sum_heads(_mm(written, adjoint + adjoint.mT), heads_k))
-            dv = None
-        else:
-            dk = _add(dk, _sum_heads(_mm(written if k is v else _scaled(v, w.write), adjoint.mT), heads_k))
-            dv = _add(dv, _sum_heads(_mm(written, adjoint), shape.hv))
-        del adjoint, written
-
+    for index in range(len(shape.blocks) - 1, -1, -1):
+        block = _Block(shape, *shape.blocks[index], g, tensors | per_token | kept)
+        sums = _BlockGradients({name: block.load(x) for name, x in douts.items()}, gated)
+        for i in range(n - 1, -1, -1):
+            walk = layout.walk(shape.state(i, initial[i]), shape.reverse)
+            walk.carry = entries[index * n + i]
+            sums.backward(block, plan.stages[i], shape.heads[i], walk, adjoints[i])
+            for name in last_read[i]:
+                if name in grads:
+                    block.store(grads[name], sums.x.pop(name))
+                del block.loaded[name]
         if dc is not None:
-            from_q = _sum_heads(_dot(q, dq), shape.hg)
-            from_k = _sum_heads(_dot(k, dk), shape.hg)
-            layout.store(dc, from_k - from_q if shape.reverse else from_q - from_k, first, last)
-            if dread is not None:
-                layout.store(dread, from_q, first, last)
-        dq, dk = _sum_heads(dq, shape.hq), _sum_heads(dk, shape.hk)
-        if dgain is not None:
-            layout.store(dgain, _dot(q_in, dq), first, last)
-        if gain_block is not None:
-            dq = _scaled(dq, gain_block)
-        elif plan.gain != 1.0:
-            dq = dq.mul_(plan.gain)
-        contributions = [dq, dk, dv]
-        if residual is not None:
-            if dridge is not None:
-                layout.store(dridge, _sum_heads(_dot(dy, residual), dridge.shape[2]), first, last)
-            ridged = _scaled(dy, _per_token(shape, ridge, plan.ridge, first, last))
-            contributions.append(_sum_heads(ridged, residual.shape[2]))
-        for i, grad in enumerate(grads):
-            if grad is not None:
-                mine = [x for x, j in zip(contributions, plan.where, strict=True) if j == i and x is not None]
-                layout.store(grad, reduce(Tensor.add_, mine), first, last)
-
-    finish = lambda x: None if x is None else layout.finish_output(x)  # noqa: E731
-    dg = None
-    if dc is not None:
-        # c at the right-hand end also scales the state there: the final one, or the initial one if reversed.
-        state, dstate = (initial_state, against.final) if shape.reverse else (final, dfinal)
-        at_ends = None
-        if state is not None and dstate is not None:
-            at_ends = (state * dstate).sum((-1, -2)).unflatten(1, (shape.hg, shape.hs // shape.hg)).sum(-1)
-        dg = layout.reverse_cumsum(finish(dc)[..., 0], at_ends)
+            block.store(dc, sums.c)
         if dread is not None:
-            dg = dg - finish(dread)[..., 0]
+            block.store(dread, sums.read)
+
+    results = {name: layout.finish_output(x) for name, x in grads.items()}
+    dg = None
+    if g is not None and dc is not None:
+        dg = layout.reverse_cumsum(
+            layout.finish_output(dc)[..., 0], _at_ends(plan, shape, initial, finals, dfinals, adjoints)
+        )
+        if dread is not None:
+            dg = dg - layout.finish_output(dread)[..., 0]
         dg = dg.to(g.dtype)
-    squeezed = lambda x, like: None if x is None else finish(x)[..., 0].to(like.dtype)  # noqa: E731
-    dinitial = against.final.to(initial_state.dtype) if need_initial else None
-    return (None, dg, squeezed(dgain, gain), squeezed(dridge, ridge), dinitial, None, *map(finish, grads))
+    return [
+        dg,
+        *(results.get(name) for name in plan.tensors),
+        *(results[name][..., 0].to(x.dtype) if name in results else None for name, x in per_token.items()),
+        *(
+            walk.final.to(x.dtype) if need else None
+            for walk, x, need in zip(adjoints, initial, need_initial, strict=True)
+        ),
+    ]
 
 
-def _state_or_zeros(state: Tensor | None, shape: _Shape, like: Tensor) -> Tensor:
-    if state is not None:
-        return state.to(shape.dtype)
-    return torch.zeros(shape.layout.sequences, shape.hs, shape.K, shape.V, dtype=shape.dtype, device=like.device)
+def _at_ends(plan: _Plan, shape: _Shape, initial, finals, dfinals, adjoints) -> Tensor | None:
+    """c at the right-hand end also scales the state there: the final one, or the initial one if reversed."""
+    total = None
+    for i, (stage, heads) in enumerate(zip(plan.stages, shape.heads, strict=True)):
+        state, dstate = (initial[i], adjoints[i].final) if shape.reverse else (finals[i], dfinals[i])
+        if state is not None and dstate is not None:
+            x = stage.gate * (state * dstate).sum((-1, -2)).unflatten(1, (heads.g, heads.s // heads.g)).sum(-1)
+            total = x if total is None else total + x
+    return total
 
 
-def _load_roles(shape: _Shape, plan: _Plan, tensors, first: int, last: int) -> list[Any]:
-    loaded = [shape.layout.load(x, first, last, shape.dtype) for x in tensors]
-    roles: list[Any] = [loaded[i] for i in plan.where]
-    return roles if len(roles) == 4 else [*roles, None]
+class _BlockGradients:
+    """Gradients within one block, by name; every tensor here is fresh and may be added to in place."""
 
+    def __init__(self, douts: dict[str, Tensor], gated: bool):
+        self.x, self.gated = douts, gated
+        self.c: Any = 0.0
+        self.read: Any = 0.0
 
-def _per_token(shape: _Shape, x: Tensor | None, constant: float, first: int, last: int) -> Tensor | float:
-    return constant if x is None else shape.layout.load(x[..., None], first, last, shape.dtype)
+    def add(self, name: str, x: Tensor) -> None:
+        self.x[name] = self.x[name].add_(x) if name in self.x else x
 
+    def backward(self, block: _Block, stage: Stage, heads: _Heads, walk: Any, adjoint_walk: Any) -> None:
+        """Adds the gradients of what the stage read. Intermediate results are deleted as soon as they were used."""
+        if stage.out in self.x:
+            dy = self.x.pop(stage.out)
+        else:
+            values = block[stage.values]
+            dy = values.new_zeros(*values.shape[:2], heads.o, *values.shape[3:])
+        w, q, k, v = block.decays(stage), block.query(stage), block[stage.keys], block[stage.values]
+        heads_q, heads_k = max(heads.q, heads.g), max(heads.k, heads.g)
 
-def _times_gain(shape: _Shape, plan: _Plan, q: Tensor, gain: Tensor | None, first: int, last: int):
-    """``gain_t o_t`` is what the query ``gain_t q_t`` reads. Returns that query, and the gain if it is a tensor."""
-    if gain is None:
-        return (q if plan.gain == 1.0 else q * plan.gain), None
-    block = shape.layout.load(gain[..., None], first, last, shape.dtype)
-    return q * block, block
+        states = block.states(stage, heads, walk)
+        dscores = w.mask_(mm(dy, v.mT))
+        dq = sum_heads(add_(mm(dscores, k), mm(scaled(dy, w.read), states.mT)), heads_q)
+        del states
+        dk = tmm(dscores, q, heads_k)
+        del dscores
+        dv = tmm(w.mask_(mm(q, k.mT)), dy, heads.v)
+        read = outer(scaled(q, w.read), dy, heads.s)
+        adjoint = adjoint_walk.block(read, w.log_rho(heads), block.first, block.last)
+        del read
+        written = scaled(k, w.write)
+        if k is v and not self.gated:  # keys that are their own values: both adjoint readings in one product
+            dk = add_(add_(dk, dv), sum_heads(mm(written, adjoint + adjoint.mT), heads_k))
+        else:
+            dk = add_(dk, sum_heads(mm(written if k is v else scaled(v, w.write), adjoint.mT), heads_k))
+            self.add(stage.values, add_(dv, sum_heads(mm(written, adjoint), heads.v)))
+        del adjoint, written, dv
 
-
-# -- products between operands of different head counts; the smaller operand is never repeated ----------------------
-
-
-def _mm(a: Tensor, b: Tensor) -> Tensor:
-    """``[B, M, Ha, r, s] @ [B, M, Hb, s, t] -> [B, M, max(Ha, Hb), r, t]``: groups become extra rows or columns."""
-    ha, hb = a.shape[2], b.shape[2]
-    if ha == hb:
-        return a @ b
-    if ha > hb:
-        return (a.unflatten(2, (hb, ha // hb)).flatten(3, 4) @ b).unflatten(3, (ha // hb, a.shape[3])).flatten(2, 3)
-    return _mm(b.mT, a.mT).mT
-
-
-def _tmm(a: Tensor, b: Tensor, heads: int) -> Tensor:
-    """``a^T b`` summed over groups down to ``heads``: the groups become part of the contraction."""
-    n = a.shape[2]
-    if n != b.shape[2] or n < heads:
-        return _sum_heads(_mm(a.mT, b), heads)
-    if n > heads:
-        a, b = (x.unflatten(2, (heads, n // heads)).flatten(3, 4) for x in (a, b))
-    return a.mT @ b
-
-
-def _outer(a: Tensor, b: Tensor, heads: int) -> Tensor:
-    """``sum_t a_t b_t^T`` per chunk with at least ``heads`` heads, summed over groups above that."""
-    x = _tmm(a, b, min(heads, max(a.shape[2], b.shape[2])))
-    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
-
-
-def _sum_heads(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[2] <= heads else x.unflatten(2, (heads, x.shape[2] // heads)).sum(3)
-
-
-def _scale_heads(x: Tensor, w: Tensor) -> Tensor:
-    """``x * w`` for head counts of which one divides the other; in place if x has at least as many."""
-    hx, hw = x.shape[2], w.shape[2]
-    if hx >= hw:
-        x.unflatten(2, (hw, hx // hw)).mul_(w.unsqueeze(3))
-        return x
-    return (x.unsqueeze(3) * w.unflatten(2, (hx, hw // hx))).flatten(2, 3)
-
-
-def _scaled(x: Tensor, w: Tensor | float | None) -> Tensor:
-    if w is None:
-        return x
-    if isinstance(w, float):
-        return x * w
-    return x * w if x.shape[2] == w.shape[2] else _scale_heads(x.clone(), w)
-
-
-def _add(x: Tensor, y: Tensor) -> Tensor:
-    """``x + y`` for head counts of which one divides the other, in place where possible."""
-    if x.shape[2] < y.shape[2]:
-        x, y = y, x
-    if x.shape[2] == y.shape[2]:
-        return x.add_(y)
-    x.unflatten(2, (y.shape[2], x.shape[2] // y.shape[2])).add_(y.unsqueeze(3))
-    return x
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """``x_t . y_t`` as ``[B, M, max heads, C, 1]``."""
-    hx, hy = x.shape[2], y.shape[2]
-    if hx == hy:
-        return (x * y).sum(-1, keepdim=True)
-    if hx < hy:
-        x, y, hx, hy = y, x, hy, hx
-    return (x.unflatten(2, (hy, hx // hy)) * y.unsqueeze(3)).sum(-1, keepdim=True).flatten(2, 3)
+        if self.gated:
+            from_q, from_k = sum_heads(dot(q, dq), heads.g), sum_heads(dot(k, dk), heads.g)
+            self.c = self.c + stage.gate * (from_k - from_q if stage.mode == "reversed" else from_q - from_k)
+            if stage.mode == "strict":
+                self.read = self.read + stage.gate * from_q
+        self.add(stage.keys, sum_heads(dk, heads.k))
+        dq = sum_heads(dq, heads.q)
+        if isinstance(stage.gain, str):
+            self.add(stage.gain, dot(block[stage.query], dq))
+        self.add(stage.query, scaled(dq, block.number(stage.gain)))
+        if stage.residual is not None:
+            if isinstance(stage.ridge, str):
+                ridge_heads = block[stage.ridge].shape[2]
+                self.add(stage.ridge, sum_heads(dot(dy, block[stage.residual]), ridge_heads))
+            ridged = scaled(dy, block.number(stage.ridge))
+            self.add(stage.residual, sum_heads(ridged, block[stage.residual].shape[2]))

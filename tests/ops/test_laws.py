@@ -9,6 +9,9 @@ from torch import Tensor
 import hla
 from hla import reference
 from hla.ops import linear_attn
+from hla.ops.checks import check_call
+from hla.ops.higher_order import compose, one_by_one
+from hla.ops.linear_attn import chain
 from tests.ops.cases import (  # noqa: F401
     CASES,
     F64,
@@ -364,6 +367,22 @@ def test_autocast_changes_no_bit(name):
     plain = results()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert all(torch.equal(a, b) for a, b in zip(results(), plain, strict=True))
+
+
+@case
+def test_chain_equals_one_call_of_the_primitive_per_stage(name, option):
+    """The chain through all stages of a block, and its gradient, equal stage after stage over the whole sequence."""
+    x = Inputs(name, option, B=1, T=70)
+    results = []
+    for run in (chain, one_by_one):
+        leaves = {n: y.clone().requires_grad_() for n, y in x.tensors().items()}
+        q, k, v, kw = x.with_tensors(leaves)
+        o, state = compose(check_call(x.op, q, k, v, output_final_state=True, **kw), run)
+        do = torch.randn(o.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
+        loss = (o * do).sum() + sum(y.sin().sum() for y in state if y is not None)
+        results.append([o, *(y for y in state if y is not None), *gradients(loss, leaves.values())])
+    for a, b in zip(*results, strict=True):
+        assert_close(a, b, 1e-11)
 
 
 def test_block_size_changes_no_result(monkeypatch):
