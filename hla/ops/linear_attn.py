@@ -199,7 +199,8 @@ class _Plan:
     @property
     def last_read(self) -> list[set[str]]:
         """Per stage, what no earlier stage reads: their gradients are complete when the backward pass leaves it."""
-        sets, earlier = [], set[str]()
+        sets = []
+        earlier: set[str] = set()
         for i in range(len(self.stages)):
             sets.append(self.reads(i) - earlier)
             earlier |= sets[-1]
@@ -264,7 +265,7 @@ class _Shape:
 
 
 class _Block:
-    """One block of chunks at work: named operands ``[B, M, H, C, D]``, per-token numbers ``[B, M, H, C, 1]``, decays."""
+    """One block of chunks at work: named operands ``[B, M, H, C, D]``, per-token numbers ``[B, M, H, C, 1]``."""
 
     def __init__(self, shape: _Shape, first: int, last: int, g: Tensor | None, named: dict[str, Tensor]):
         self.shape, self.first, self.last = shape, first, last
@@ -380,8 +381,9 @@ class _Chain(torch.autograd.Function):
             raise RuntimeError("double backward through HLA operators (create_graph=True) is not supported")
         if all(x is None for x in grad_outputs):
             return (None,) * len(ctx.needs_input_grad)
-        with no_autocast(ctx.saved_tensors[2]):
-            return None, None, *_backward(ctx.plan, ctx.saved_tensors, grad_outputs, ctx.needs_input_grad[2:])
+        saved = ctx.saved_tensors  # to be unpacked once only, for the sake of gradient checkpointing
+        with no_autocast(saved[2]):
+            return None, None, *_backward(ctx.plan, saved, grad_outputs, ctx.needs_input_grad[2:])
 
 
 def _backward(plan: _Plan, saved, grad_outputs, needed) -> list[Tensor | None]:
