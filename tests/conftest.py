@@ -37,5 +37,7 @@ def _fill_empty_with_nan():
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh():
+    """Every test starts from the same seed, and with no compiled code of another test."""
     torch.manual_seed(0)
+    torch.compiler.reset()

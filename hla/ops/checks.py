@@ -77,6 +77,7 @@ def check_call(
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
     order = _check_order(op, order)
+    _refuse_unread(op, p, dict(ridge=ridge, gain=gain), dict(value_ridge=value_ridge, value_gain=value_gain))
     lead = ("B",) if one_token else ("B", "T")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _tensor(name, x)
@@ -181,6 +182,19 @@ def check_state_indices(indices: Tensor, batch: int, slots: int, device: torch.d
             raise ValueError(f"state_indices must not name a slot twice; got {indices.tolist()}")
 
 
+def _refuse_unread(op: str, p: Any, keys: dict[str, Any], values: dict[str, Any]) -> None:
+    """An argument that the operator does not read must be left at its default."""
+    given = dict(values) if op != "hla3" else {}
+    if op == "linear_attn":
+        given |= keys
+        if p is not None and not (isinstance(p, str) and p == "q"):
+            raise ValueError("linear_attn has no inner query: p must be left out")
+    for name, x in given.items():
+        default = 1.0 if name.endswith("gain") else 0.0
+        if not isinstance(x, (int, float)) or x != default:
+            raise ValueError(f"{op} does not read {name}: it must be left out")
+
+
 def _check_order(op: str, order: int | None) -> int | None:
     if op in ("linear_attn", "hla2", "hla3"):
         if order is not None:
@@ -221,7 +235,8 @@ def _check_per_token(name: str, x: float | Tensor, p: Tensor, lead: tuple[str, .
         raise TypeError(f"{name} must be a floating-point tensor; got {x.dtype}")
     _expect_shape(name, x, tuple(p.shape[:-1]), f"[{', '.join(lead)}, heads of p]")
     _same("device", name, x.device, "q", p.device, ValueError)
-    return x
+    # These are few numbers that scale whole keys: they are never rounded to the dtype of the operands.
+    return x.to(torch.float64 if p.dtype == torch.float64 else torch.float32)
 
 
 def _check_cu_seqlens(cu: Tensor, q: Tensor) -> int:
@@ -252,7 +267,7 @@ def _values_readable(x: Tensor) -> bool:
 def _number(name: str, x: float, expected: str = "a number") -> float:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be {expected}; got {type(x).__name__}")
-    if not math.isfinite(x):
+    if x != x or abs(x) == math.inf:  # math.isfinite, for torch.compile(dynamic=True)
         raise ValueError(f"{name} must be finite; got {x}")
     return float(x)
 

@@ -15,6 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def wide(device: torch.device) -> torch.dtype:
+    """The dtype of cumulated decays: their differences must keep float32's digits after a decay of -1000, a reset."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class Uniform:
     """B sequences of T tokens each, cut into chunks of C tokens; the last chunk is padded with zeros."""
 
@@ -51,8 +56,8 @@ class Uniform:
 
     def reverse_cumsum(self, dc: Tensor, at_ends: Tensor | None) -> Tensor:
         """``sum_{s >= t} dc_s`` within each sequence, in float64; ``at_ends [B, H]`` is added at the last tokens."""
-        total = dc.double().flip(1).cumsum(1).flip(1)
-        return total if at_ends is None else total + at_ends.double()[:, None]
+        total = dc.to(wide(dc.device)).flip(1).cumsum(1).flip(1)
+        return total if at_ends is None else total + at_ends[:, None]
 
 
 class Packed:
@@ -102,10 +107,10 @@ class Packed:
         return _PackedWalk(self, initial, reverse)
 
     def reverse_cumsum(self, dc: Tensor, at_ends: Tensor | None) -> Tensor:
-        total = F.pad(dc[0].double().flip(0).cumsum(0), (0, 0, 1, 0)).flip(0)  # [T + 1, H]
+        total = F.pad(dc[0].to(wide(dc.device)).flip(0).cumsum(0), (0, 0, 1, 0)).flip(0)  # [T + 1, H]
         after = total[self.cu[1:]]  # what belongs to later sequences
         if at_ends is not None:
-            after = after - at_ends.double()
+            after = after - at_ends
         token = torch.arange(self.length, device=dc.device)
         sequence = torch.searchsorted(self.cu[1:].contiguous(), token, right=True)
         return (total[:-1] - after[sequence])[None]
@@ -122,7 +127,7 @@ class _UniformWalk:
         self.carry, self.reverse = initial, reverse
 
     def block(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
-        """States that *enter* the chunks, ``[B, M, H, K, V]``, from ``u`` of that shape and ``log_rho [B, M, H]``."""
+        """States that *enter* the chunks, ``[B, M, H, K, V]``; ``u`` of that shape, ``log_rho [B, M, H]`` `wide`."""
         decays = self._decays(u, log_rho, first, last)  # [B or 1, H or 1, M + 1, M + 1]
         B, M, H, K, V = u.shape
         from_carry = decays[..., :1] * self.carry.reshape(B, H, 1, K * V)
@@ -140,7 +145,7 @@ class _UniformWalk:
         else:
             steps = log_rho.transpose(1, 2)  # [B, H, M]
             c = F.pad((steps.flip(-1) if self.reverse else steps).cumsum(-1), (1, 0))
-            matrix = (c[..., :, None] - c[..., None, :]).masked_fill(~mask, float("-inf")).exp()
+            matrix = (c[..., :, None] - c[..., None, :]).masked_fill(~mask, float("-inf")).to(u.dtype).exp()
         if self.reverse:  # from scan order to the order of the chunks
             matrix = torch.cat([matrix[..., :-1, :].flip(-2), matrix[..., -1:, :]], -2)
             matrix = torch.cat([matrix[..., :1], matrix[..., 1:].flip(-1)], -1)
@@ -172,7 +177,8 @@ class _PackedWalk(_UniformWalk):
         following = (sequence + (-1 if self.reverse else 1)).clamp(0, sequences - 1)
         # At an end nothing of the old sequence goes on (see _reachable) and u is the next sequence's initial state.
         states = super().block(torch.where(ends[:, None, None, None], self.initial[following], u), log_rho, first, last)
-        final = u[0] + (states[0] if log_rho is None else log_rho[0, :, :, None, None].exp() * states[0])
+        rho = 1.0 if log_rho is None else log_rho[0, :, :, None, None].to(u.dtype).exp()
+        final = u[0] + rho * states[0]
         self.finals.index_copy_(0, torch.where(ends, sequence, sequences), final)
         return states
 

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from hla.ops.grouped import add_, dot, mm, outer, scale_heads_, scaled, sum_heads, tmm
-from hla.ops.layout import Packed, Uniform
+from hla.ops.layout import Packed, Uniform, wide
 
 CHUNK = 64
 # Chunks are worked on in blocks of about this many numbers per operand: on a CPU what one block needs stays in cache.
@@ -271,7 +271,10 @@ class _Block:
         self.shape, self.first, self.last = shape, first, last
         self.named = named  # whole tensors, of which a block is loaded when first read
         self.loaded: dict[str, Tensor] = {}
-        self.g = None if g is None else self.load(g[..., None])
+        # Decays are cumulated in float64; below -1000 they are 0 all the same, and would only cost digits.
+        self.g = None
+        if g is not None:
+            self.g = shape.layout.load(g[..., None], first, last, wide(shape.device)).clamp(min=-1000.0)
         self._decays: dict[tuple[int, str], _Decays] = {}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -289,7 +292,8 @@ class _Block:
     def decays(self, stage: Stage) -> _Decays:
         key = (stage.gate, stage.mode)
         if key not in self._decays:
-            self._decays[key] = _Decays(stage.mode, None if self.g is None else stage.gate * self.g)
+            g = None if self.g is None else stage.gate * self.g
+            self._decays[key] = _Decays(stage.mode, g, self.shape.dtype)
         return self._decays[key]
 
     def number(self, value: float | str) -> float | Tensor:
@@ -317,7 +321,7 @@ class _Block:
 class _Decays:
     """Decays of a block: ``read``, ``write [B, M, Hg, C, 1]``, ``E [B, M, Hg, C, C]``; None without a gate."""
 
-    def __init__(self, mode: str, g: Tensor | None):
+    def __init__(self, mode: str, g: Tensor | None, dtype: torch.dtype):
         self.mode, self.read, self.write, self.total, self.E = mode, None, None, None, None
         if g is None:
             return
@@ -325,11 +329,11 @@ class _Decays:
         self.total = c[..., -1:, :]
         if mode == "reversed":
             read, write = -c, -c  # exponents relative to the chunk's left edge
-            self.read, self.write = (self.total - c).exp(), c.exp()
+            self.read, self.write = (self.total - c).to(dtype).exp(), c.to(dtype).exp()
         else:
             read, write = (c - g if mode == "strict" else c), c
-            self.read, self.write = read.exp(), (self.total - c).exp()
-        exponent = read - write.mT
+            self.read, self.write = read.to(dtype).exp(), (self.total - c).to(dtype).exp()
+        exponent = (read - write.mT).to(dtype)
         self.E = exponent.masked_fill_(self._outside(exponent), float("-inf")).exp_()
 
     def _outside(self, like: Tensor) -> Tensor:

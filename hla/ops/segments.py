@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hla.ops.checks import Call, check_call
+from hla.ops.layout import wide
 from hla.ops.linear_attn import compute_dtype, la
 from hla.ops.state import AHLAState, HLA2State, HLA3State, LinearAttnState, State
 
@@ -87,10 +88,12 @@ def summarize(
         op, q, k, v, g=g, p=p, ridge=ridge, gain=gain, value_ridge=value_ridge, value_gain=value_gain, scale=scale
     )
     dtype = compute_dtype(q, v)
-    decay = torch.zeros(k.shape[:3], dtype=dtype, device=k.device) if c.g is None else c.g.to(dtype)
+    decay = torch.zeros(k.shape[:3], dtype=wide(k.device), device=k.device)
+    decay = decay if c.g is None else c.g.to(decay.dtype).clamp(min=-1000.0)
     since_start = decay.cumsum(1)
     total = decay.sum(1)
-    until_end = total[:, None] - since_start
+    until_end = (total[:, None] - since_start).to(dtype)
+    total, since_start = total.to(dtype), since_start.to(dtype)
     if op == "linear_attn":
         return LinearAttnSegment(total, _moment(c.k, c.v, until_end))
     p_gained = _per_token(c.p.to(dtype), c.gain) * c.scale

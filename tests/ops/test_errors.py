@@ -76,6 +76,10 @@ TABLE = [
     ("state with normalize", dict(initial_state=state(normalize=True)), ValueError, "was made with normalize=True"),
     ("state without normalize", dict(initial_state=state(), normalize=True), ValueError, "was made without normalize=True"),
     ("state field is None", dict(initial_state=HLA2State(None, r(B, HQ, K, V))), ValueError, r"initial_state\.S must be given"),
+    ("g on another device", dict(g=torch.empty(B, T, HKV, device="meta")), ValueError, "g must have the device of q"),
+    ("p on another device", dict(p=torch.empty(B, T, HQ, K, device="meta")), ValueError, "p must have the device of q"),
+    ("gain on another device", dict(gain=torch.empty(B, T, HQ, device="meta")), ValueError, "gain must have the device of q"),
+    ("p of another length", dict(p=r(B, T + 1, HQ, K)), ValueError, "p must have shape"),
     ("unknown backend", dict(backend="cuda"), ValueError, "backend must be None, 'torch' or 'triton'"),
     ("cu_seqlens is a list", dict(cu_seqlens=[0, 5]), TypeError, "cu_seqlens must be a tensor"),
     ("cu_seqlens with B = 2", dict(cu_seqlens=torch.tensor([0, 5])), ValueError, "B = 1"),
@@ -132,6 +136,12 @@ ORDERS = [
     (lambda *x: hla.linear_attn(*x, p="k"), TypeError, "p"),
     (lambda *x: hla.linear_attn(*x, causal=1), TypeError, "causal must be True or False"),
     (lambda *x: hla.linear_attn(*x, causal=False, g=-torch.rand(B, T, HKV)), ValueError, "causal=False has no order"),
+    (lambda *x: hla.linear_attn(*x, causal=False, backend="triton"), ValueError, "causal=False is two matrix products"),
+    (
+        lambda *x: hla.linear_attn(*x, causal=False, backend="cuda"),
+        ValueError,
+        "backend must be None, 'torch' or 'triton'",
+    ),
     (lambda *x: hla.linear_attn(*x, causal=False, output_final_state=True), ValueError, "causal=False has no order"),
 ]
 
@@ -153,6 +163,11 @@ STEPS = [
     (dict(out_state=zeros("hla2", 3, HQ, HKV, K, V)), ValueError, r"out_state\.S must have shape"),
     (dict(state_indices=torch.tensor([0, 1])), ValueError, "state_indices picks rows of state, which is None"),
     (dict(state=state(), state_indices=torch.tensor([0.0, 1.0])), TypeError, "state_indices must be int32 or int64"),
+    (
+        dict(state=state(), state_indices=torch.zeros(2, dtype=torch.long, device="meta")),
+        ValueError,
+        "state_indices must have the device",
+    ),
     (dict(state=state(), state_indices=torch.tensor([0])), ValueError, r"state_indices must have shape \[2\]"),
     (dict(state=state(), state_indices=torch.tensor([0, 2])), ValueError, "state_indices must lie in 0 .. 1"),
     (dict(state=state(), state_indices=torch.tensor([0, -1])), ValueError, "state_indices must lie in 0 .. 1"),

@@ -1,14 +1,17 @@
 """The laws of the operators: all forms agree, splitting and packing change nothing, the past never sees the future."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import hla
 from hla import reference
-from hla.ops import linear_attn
+from hla.ops import dispatch, linear_attn
 from hla.ops.checks import check_call
 from hla.ops.higher_order import compose, one_by_one
 from hla.ops.linear_attn import chain
@@ -117,6 +120,18 @@ def test_packed_equals_separate(name, option, small_chunks):  # noqa: F811
     grads, truths = (gradients(o, leaves.values(), do) for o in (packed, truth))
     for n, grad, grad_true in zip(leaves, grads, truths, strict=True):
         assert_close(grad, grad_true, 1e-11, n)
+
+
+@case
+def test_packed_recurrence_equals_packed_chunks(name, option):
+    x = Inputs(name, option, B=1, T=19)
+    packed = dict(cu_seqlens=torch.tensor([0, 0, 7, 8, 8, 19]), output_final_state=True)
+    _, some = x.tokens(0, 5).chunk(output_final_state=True)
+    initial = type(some)(*(None if y is None else torch.randn(5, *y.shape[1:], dtype=F64) for y in some))
+    o, state = x.recurrent(initial_state=initial, **packed)
+    truth, truth_state = x.chunk(initial_state=initial, **packed)
+    assert_close(o, truth, 1e-11)
+    assert_states_close(state, truth_state, 1e-11)
 
 
 @case
@@ -278,6 +293,11 @@ def test_non_causal_linear_attention_reads_the_whole_sequence():
     assert_close(hla.linear_attn(x.q, x.k, x.v, causal=False, normalize=True, eps=0.5)[0], normalized)
 
 
+def test_non_causal_output_has_the_dtype_of_v():
+    x = Inputs("linear_attn", T=5, dtype=torch.bfloat16)
+    assert hla.linear_attn(x.q, x.k, x.v, causal=False)[0].dtype == torch.bfloat16
+
+
 def test_non_causal_packed_equals_separate():
     x = Inputs("linear_attn", B=1, T=150)
     borders = [0, 70, 70, 150]
@@ -338,6 +358,84 @@ def test_states_are_float32_for_low_precision_inputs():
         x = Inputs(name, dtype=torch.bfloat16)
         _, state = x.chunk(output_final_state=True)
         assert all(y is None or y.dtype == torch.float32 for y in state)
+
+
+@case
+def test_states_of_low_precision_inputs_are_not_rounded(name, option):
+    """k~, v~, gain times scale and the states stay float32 whatever the dtype of the inputs."""
+    x = Inputs(name, option, T=70, dtype=torch.bfloat16)
+    x.kw = {n: y.float() if n == "g" else y for n, y in x.kw.items()}
+    o, state = x.chunk(output_final_state=True)
+    x.q, x.k, x.v, x.kw = x.with_tensors({n: y.float() for n, y in x.tensors().items()})
+    o_true, truth = x.chunk(output_final_state=True)
+    assert_states_close(state, truth, 1e-6)
+    assert torch.equal(o, o_true.bfloat16())  # rounded once, at the very end
+
+
+@pytest.mark.parametrize("name", ["linear_attn", "hla2", "hla3"])
+@pytest.mark.parametrize("reset", [-50.0, -1e4, -1e30])
+@pytest.mark.parametrize("packed", [False, True])
+def test_resets_lose_no_digits(name, reset, packed):
+    """A reset in the middle of a chunk must not cost what follows the digits of its decays, nor of its gradients."""
+    x = Inputs(name, "g", B=1, T=150, dtype=torch.float32)
+    x.kw["g"][:, ::10] = reset
+    x.kw |= dict(cu_seqlens=torch.tensor([0, 67, 150])) if packed else {}
+    results = []
+    for cast in (torch.float32, F64):
+        leaves = {n: y.detach().to(cast).requires_grad_() for n, y in x.tensors().items() if n != "cu_seqlens"}
+        q, k, v, kw = x.with_tensors(leaves)
+        o, state = getattr(hla, x.op)(q, k, v, output_final_state=True, **kw)
+        if cast == F64:  # the truth is the recurrence: it has no cumulated decays
+            o, state = dispatch(x.op, "recurrent", "torch", q.device)(
+                check_call(x.op, q, k, v, output_final_state=True, **kw)
+            )
+        do = torch.randn(o.shape, generator=torch.Generator().manual_seed(1)).to(cast)
+        results.append([o, *(y for y in state if y is not None), *gradients(o, leaves.values(), do)])
+    for a, b in zip(*results, strict=True):
+        assert_close(a.double(), b, 5e-6)
+
+
+def test_an_empty_call_returns_a_state_of_its_own():
+    """Writing into the final state of a call without tokens leaves the initial state as it was."""
+    x = Inputs("hla3", T=5)
+    _, initial = x.chunk(output_final_state=True)
+    _, final = x.tokens(0, 0).chunk(initial_state=initial, output_final_state=True)
+    assert_states_close(final, initial, 0.0)
+    assert all(a is None or a.data_ptr() != b.data_ptr() for a, b in zip(final, initial, strict=True))
+
+
+@operator
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_changes_no_bit(name, use_reentrant):
+    x = Inputs(name, "g", T=70)
+    grads = []
+    for run in (lambda f, *y: f(*y), partial(checkpoint, use_reentrant=use_reentrant)):
+        leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v)]
+        o = run(lambda q, k, v: getattr(hla, x.op)(q, k, v, **x.kw)[0], *leaves)
+        o.square().sum().backward()
+        grads.append([y.grad for y in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@operator
+def test_torch_compile_fullgraph_without_gradients(name):
+    """Serving: no argument requires a gradient, so the primitive is traced as a plain function."""
+    x = Inputs(name, "g", B=1, T=70, dtype=torch.float32)
+
+    def call(q, k, v, g):
+        return getattr(hla, x.op)(q, k, v, **(x.kw | dict(g=g)), output_final_state=True)
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    (o, state), (truth, truth_state) = (f(x.q, x.k, x.v, x.kw["g"]) for f in (compiled, call))
+    assert_close(o, truth, 1e-6)
+    assert_states_close(state, truth_state, 1e-6)
+
+
+def test_torch_compile_with_dynamic_lengths():
+    compiled = torch.compile(lambda q, k, v: hla.hla2(q, k, v)[0], fullgraph=True, backend="aot_eager", dynamic=True)
+    for T in (5, 70, 129):
+        q, k, v = (torch.randn(1, T, 2, 4) for _ in range(3))
+        assert_close(compiled(q, k, v), hla.hla2(q, k, v)[0], 1e-5)
 
 
 def test_torch_compile_fullgraph():

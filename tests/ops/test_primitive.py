@@ -165,6 +165,16 @@ def test_gate_gradient_is_a_reverse_cumsum():
     assert_close(dg, dc.flip(1).cumsum(1).flip(1))
 
 
+@pytest.mark.parametrize("which", range(3))
+def test_one_float64_input_makes_all_sums_float64(which):
+    x = [torch.randn(1, 70, 2, 4) for _ in range(3)]
+    truth, state = la(*(y.double() for y in x), output_final_state=True)
+    x[which] = x[which].double()
+    o, mixed = la(*x, output_final_state=True, out_dtype=F64)
+    assert_close(o, truth)
+    assert_close(mixed, state)
+
+
 def test_double_backward_is_refused():
     q = torch.randn(1, 5, 1, 2, dtype=F64, requires_grad=True)
     with pytest.raises(RuntimeError, match="double backward"):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from hla.ops.segments import advance, combine, empty, summarize
 from hla.ops.state import zeros
@@ -71,6 +72,21 @@ def test_any_cuts(name, cuts, seed):
     segment = tree_fold([summary(x, a, b) for a, b in zip(borders, borders[1:], strict=False)])
     for part, truth in zip(segment, summary(x, 0, 40), strict=True):
         assert_close(part, truth, 1e-10)
+
+
+@segment_case
+def test_summaries_round_nothing(name, option):
+    """A summary of bfloat16 tokens is that of the same numbers in float32: k~, v~ and the moments are never rounded."""
+    x = Inputs(name, option, T=70)
+    low = {n: y.to(torch.float32 if n == "g" else torch.bfloat16) for n, y in x.tensors().items()}
+    results = []
+    for cast in (lambda y: y, Tensor.float, Tensor.double):
+        q, k, v, kw = x.with_tensors({n: cast(y) for n, y in low.items()})
+        results.append(summarize(x.op, q, k, v, **kw))
+    for a, b, c in zip(*results, strict=True):
+        assert a.dtype == b.dtype == torch.float32 and c.dtype == F64
+        assert_close(a, b, 1e-6)
+        assert_close(a.double(), c, 1e-4)
 
 
 def test_gradients_flow_through_summaries():

@@ -63,6 +63,19 @@ def test_slots_of_a_larger_state(name):
 
 
 @operator
+def test_slots_may_start_empty(name):
+    """state=None with out_state and state_indices: a new request in its slot, whatever the slot held before."""
+    x = Inputs(name, T=3)
+    args, kw = token(x, 0)
+    o, truth = hla.step(*args, None, **kw)
+    zero = states.zeros(x.op, 5, 4, 2, 3, 5, order=x.kw.get("order"), dtype=F64)
+    slots = type(zero)(*(None if y is None else torch.randn_like(y) for y in zero))
+    o2, written = hla.step(*args, None, state_indices=torch.tensor([3, 1]), out_state=slots, **kw)
+    assert torch.equal(o, o2) and written is slots
+    assert all(y is None or torch.equal(y[[3, 1]], z) for y, z in zip(slots, truth, strict=True))
+
+
+@operator
 def test_steps_are_differentiable(name):
     x = Inputs(name, B=1, T=4)
     leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v)]
@@ -78,6 +91,11 @@ def test_steps_are_differentiable(name):
         assert_close(grad, truth)
 
 
+def test_classes_of_states():
+    expected = {"ahla": "AHLAState", "ahla1": "AHLANState", "ahla3": "AHLANState", "hla_n4": "HLANState"}
+    assert {n: type(Inputs(n).chunk(output_final_state=True)[1]).__name__ for n in expected} == expected
+
+
 def test_state_size_does_not_grow():
     x = Inputs("hla3", T=50, dtype=torch.bfloat16)
     state, sizes = None, set()
@@ -86,6 +104,23 @@ def test_state_size_does_not_grow():
         _, state = hla.step(*args, state, **kw)
         sizes.add(states.state_nbytes(state))
     assert sizes == {4 * 2 * (2 * 3 * 3 + 2 * 3 * 5 + 4 * 3 * 5)}  # S, P per key head and F per query head, float32
+    assert states.state_nbytes(type(state)(*(None if y is None else y.double() for y in state))) == 2 * sizes.pop()
+
+
+@operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_are_those_of_the_chunk_form(name, dtype):
+    """Output in the dtype of v, state in float32, and gain and ridge in any floating dtype."""
+    x = Inputs(name, "g", T=1, dtype=dtype)
+    x.kw["g"] = x.kw["g"].float()
+    if name != "linear_attn":
+        x.kw |= dict(gain=torch.rand(2, 1, 4, dtype=F64), ridge=torch.rand(2, 1, 4, dtype=torch.bfloat16))
+    truth, truth_state = x.chunk(output_final_state=True)
+    args, kw = token(x, 0)
+    o, state = hla.step(*args, None, **kw)
+    assert o.dtype == truth.dtype == dtype
+    assert_close(o, truth[:, 0], {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}[dtype])
+    assert all(a is None or a.dtype == b.dtype == torch.float32 for a, b in zip(state, truth_state, strict=True))
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4, 7])
