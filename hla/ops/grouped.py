@@ -6,32 +6,52 @@ become extra rows, columns or summands of a matrix product, so that the smaller 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
-def mm(a: Tensor, b: Tensor) -> Tensor:
-    """``[B, M, Ha, r, s] @ [B, M, Hb, s, t] -> [B, M, max(Ha, Hb), r, t]``: groups become extra rows or columns."""
+def mm(a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """``alpha [B, M, Ha, r, s] @ [B, M, Hb, s, t] -> [B, M, max(Ha, Hb), r, t]``: groups are extra rows or columns."""
     ha, hb = a.shape[2], b.shape[2]
-    if ha == hb:
-        return a @ b
     if ha > hb:
-        return (a.unflatten(2, (hb, ha // hb)).flatten(3, 4) @ b).unflatten(3, (ha // hb, a.shape[3])).flatten(2, 3)
-    return mm(b.mT, a.mT).mT
+        group = ha // hb
+        return mm(a.unflatten(2, (hb, group)).flatten(3, 4), b, alpha).unflatten(3, (group, a.shape[3])).flatten(2, 3)
+    if ha < hb:
+        return mm(b.mT, a.mT, alpha).mT
+    if alpha == 1.0:
+        return a @ b
+    y = torch.empty((*a.shape[:-1], b.shape[-1]), dtype=a.dtype, device=a.device)
+    _baddbmm_(y, a, b, alpha, beta=0.0)
+    return y
 
 
-def tmm(a: Tensor, b: Tensor, heads: int) -> Tensor:
-    """``a^T b`` summed over groups down to ``heads``: the groups become part of the contraction."""
+def add_mm_(y: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> Tensor:
+    """``y + alpha a @ b`` as in `mm`; y is overwritten where the head counts allow it."""
+    if y.shape[2] == a.shape[2] == b.shape[2] and y.is_contiguous():
+        _baddbmm_(y, a, b, alpha, beta=1.0)
+        return y
+    return add_(y, mm(a, b, alpha))
+
+
+def _baddbmm_(y: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> None:
+    """``y <- beta y + alpha a @ b`` in one pass over y."""
+    a, b = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+    y.view(-1, *y.shape[-2:]).baddbmm_(a, b, beta=beta, alpha=alpha)
+
+
+def tmm(a: Tensor, b: Tensor, heads: int, alpha: float = 1.0) -> Tensor:
+    """``alpha a^T b`` summed over groups down to ``heads``: the groups become part of the contraction."""
     n = a.shape[2]
     if n != b.shape[2] or n < heads:
-        return sum_heads(mm(a.mT, b), heads)
+        return sum_heads(mm(a.mT, b, alpha), heads)
     if n > heads:
         a, b = (x.unflatten(2, (heads, n // heads)).flatten(3, 4) for x in (a, b))
-    return a.mT @ b
+    return mm(a.mT, b, alpha)
 
 
-def outer(a: Tensor, b: Tensor, heads: int) -> Tensor:
-    """``sum_t a_t b_t^T`` per chunk with at least ``heads`` heads, summed over groups above that."""
-    x = tmm(a, b, min(heads, max(a.shape[2], b.shape[2])))
+def outer(a: Tensor, b: Tensor, heads: int, alpha: float = 1.0) -> Tensor:
+    """``alpha sum_t a_t b_t^T`` per chunk with at least ``heads`` heads, summed over groups above that."""
+    x = tmm(a, b, min(heads, max(a.shape[2], b.shape[2])), alpha)
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
@@ -40,7 +60,7 @@ def sum_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def scale_heads_(x: Tensor, w: Tensor) -> Tensor:
-    """``x * w`` for head counts of which one divides the other; in place if x has at least as many."""
+    """``x * w`` for head counts of which one divides the other; x is overwritten if it has at least as many."""
     hx, hw = x.shape[2], w.shape[2]
     if hx >= hw:
         x.unflatten(2, (hw, hx // hw)).mul_(w.unsqueeze(3))
@@ -57,7 +77,7 @@ def scaled(x: Tensor, w: Tensor | float | None) -> Tensor:
 
 
 def add_(x: Tensor, y: Tensor) -> Tensor:
-    """``x + y`` for head counts of which one divides the other, in place where possible."""
+    """``x + y`` for head counts of which one divides the other; the operand with more heads is overwritten."""
     if x.shape[2] < y.shape[2]:
         x, y = y, x
     if x.shape[2] == y.shape[2]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hla.ops.grouped import add_, dot, mm, outer, scale_heads_, scaled, sum_heads, tmm
+from hla.ops.grouped import add_, add_mm_, dot, mm, outer, scale_heads_, scaled, sum_heads, tmm
 from hla.ops.layout import Packed, Uniform, wide
 
 CHUNK = 64
@@ -299,9 +299,11 @@ class _Block:
     def number(self, value: float | str) -> float | Tensor:
         return self[value] if isinstance(value, str) else value
 
-    def query(self, stage: Stage) -> Tensor:
-        """``gain_t o_t`` is what the query ``gain_t q_t`` reads."""
-        return scaled(self[stage.query], self.number(stage.gain))
+    def query(self, stage: Stage) -> tuple[Tensor, float]:
+        """Query and factor of its products: ``gain_t o_t`` is what ``gain_t q_t`` reads; a constant gain is free."""
+        if isinstance(stage.gain, str):
+            return scaled(self[stage.query], self[stage.gain]), 1.0
+        return self[stage.query], stage.gain
 
     def states(self, stage: Stage, heads: _Heads, walk: Any) -> Tensor:
         """The states that enter the chunks of this block."""
@@ -310,9 +312,9 @@ class _Block:
         return walk.block(written, w.log_rho(heads), self.first, self.last)
 
     def forward(self, stage: Stage, heads: _Heads, walk: Any) -> None:
-        w, q = self.decays(stage), self.query(stage)
-        y = mm(w.mask_(mm(q, self[stage.keys].mT)), self[stage.values])
-        y = add_(y, mm(scaled(q, w.read), self.states(stage, heads, walk)))
+        w, (q, gain) = self.decays(stage), self.query(stage)
+        y = mm(w.mask_(mm(q, self[stage.keys].mT, gain)), self[stage.values])
+        y = add_mm_(y, scaled(q, w.read), self.states(stage, heads, walk), gain)
         if stage.residual is not None:
             y = add_(y, scaled(self[stage.residual], self.number(stage.ridge)))
         self.loaded[stage.out] = y
@@ -482,25 +484,26 @@ class _BlockGradients:
         else:
             values = block[stage.values]
             dy = values.new_zeros(*values.shape[:2], heads.o, *values.shape[3:])
-        w, q, k, v = block.decays(stage), block.query(stage), block[stage.keys], block[stage.values]
+        w, k, v = block.decays(stage), block[stage.keys], block[stage.values]
+        q, gain = block.query(stage)
         heads_q, heads_k = max(heads.q, heads.g), max(heads.k, heads.g)
 
         states = block.states(stage, heads, walk)
         dscores = w.mask_(mm(dy, v.mT))
-        dq = sum_heads(add_(mm(dscores, k), mm(scaled(dy, w.read), states.mT)), heads_q)
+        dq = sum_heads(add_mm_(mm(dscores, k, gain), scaled(dy, w.read), states.mT, gain), heads_q)
         del states
-        dk = tmm(dscores, q, heads_k)
+        dk = tmm(dscores, q, heads_k, gain)
         del dscores
-        dv = tmm(w.mask_(mm(q, k.mT)), dy, heads.v)
-        read = outer(scaled(q, w.read), dy, heads.s)
+        dv = tmm(w.mask_(mm(q, k.mT, gain)), dy, heads.v)
+        read = outer(scaled(q, w.read), dy, heads.s, gain)
         adjoint = adjoint_walk.block(read, w.log_rho(heads), block.first, block.last)
         del read
         written = scaled(k, w.write)
         if k is v and not self.gated:  # keys that are their own values: both adjoint readings in one product
-            dk = add_(add_(dk, dv), sum_heads(mm(written, adjoint + adjoint.mT), heads_k))
+            dk = _add_reading(add_(dk, dv), written, adjoint + adjoint.mT, heads_k)
         else:
-            dk = add_(dk, sum_heads(mm(written if k is v else scaled(v, w.write), adjoint.mT), heads_k))
-            self.add(stage.values, add_(dv, sum_heads(mm(written, adjoint), heads.v)))
+            dk = _add_reading(dk, written if k is v else scaled(v, w.write), adjoint.mT, heads_k)
+            self.add(stage.values, _add_reading(dv, written, adjoint, heads.v))
         del adjoint, written, dv
 
         if self.gated:
@@ -512,10 +515,18 @@ class _BlockGradients:
         dq = sum_heads(dq, heads.q)
         if isinstance(stage.gain, str):
             self.add(stage.gain, dot(block[stage.query], dq))
-        self.add(stage.query, scaled(dq, block.number(stage.gain)))
+            dq = scaled(dq, block[stage.gain])
+        self.add(stage.query, dq)
         if stage.residual is not None:
             if isinstance(stage.ridge, str):
                 ridge_heads = block[stage.ridge].shape[2]
                 self.add(stage.ridge, sum_heads(dot(dy, block[stage.residual]), ridge_heads))
             ridged = scaled(dy, block.number(stage.ridge))
             self.add(stage.residual, sum_heads(ridged, block[stage.residual].shape[2]))
+
+
+def _add_reading(y: Tensor, x: Tensor, state: Tensor, heads: int) -> Tensor:
+    """``y + x @ state`` summed over groups down to ``heads``, the heads of y."""
+    if heads >= max(x.shape[2], state.shape[2]):
+        return add_mm_(y, x, state)
+    return add_(y, sum_heads(mm(x, state), heads))
