@@ -332,7 +332,7 @@ def test_importing_hla_does_not_import_transformers():
 
 @pytest.mark.parametrize(
     ("size", "vocab", "millions"),
-    [("tiny", 4096, 4.5), ("small", 8192, 25), ("base", 32000, 124), ("medium", 32000, 348), ("large", 32000, 1325)],
+    [("tiny", 2048, 1.36), ("small", 8192, 25), ("base", 32000, 124), ("medium", 32000, 348), ("large", 32000, 1325)],
 )
 def test_sizes(size, vocab, millions):
     assert list(SIZES) == ["tiny", "small", "base", "medium", "large"]
