@@ -60,9 +60,8 @@ def place(tmp_path_factory) -> Path:
     (root / "bad tokenizer" / "tokenizer.json").write_text("{}")
     config = json.loads((root / "model" / "config.json").read_text())
     (root / "misfit" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
-    (root / "result.json").write_text(
-        '{"name": "other", "bits_per_byte": 2, "trained": {"tokens": 1}, "text_sha256": "0"}'
-    )
+    other = {"name": "other", "bits_per_byte": 2.0, "trained": {"tokens": 1}, "text_sha256": "0"}
+    (root / "result.json").write_text(json.dumps(other))
     return root
 
 
@@ -232,9 +231,8 @@ def test_evaluate_finds_the_held_out_text_and_compares(place, tmp_path, monkeypa
     assert result["bits_per_byte"] == pytest.approx(training["evaluation"]["bits_per_byte"], rel=1e-6)
     assert result["text_sha256"] == training["held_out"]["sha256"]
 
-    (tmp_path / "reference.json").write_text(
-        json.dumps({**result, "name": "the other", "bits_per_byte": 1.25, "trained": {"tokens": 98765}})
-    )
+    other = {**result, "name": "the other", "bits_per_byte": 1.25, "trained": {"tokens": 98765}}
+    (tmp_path / "reference.json").write_text(json.dumps(other))
     shown = RUNNER.invoke(app, ["evaluate", model, "--reference", "reference.json"]).stdout
     rows = [line for line in shown.splitlines() if any(name in line for name in ("hla", "the other", "gzip", "xz"))]
     assert [name in row for name, row in zip(("hla", "the other", "gzip -9", "xz -9"), rows, strict=True)] == [True] * 4
