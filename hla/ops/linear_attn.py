@@ -34,7 +34,7 @@ from hla.ops.layout import Packed, Uniform, wide
 
 CHUNK = 64
 # Chunks are worked on in blocks of about this many numbers per operand: on a CPU what one block needs stays in cache.
-BLOCK_NUMBERS = 1 << 17
+BLOCK_NUMBERS = 3 << 16
 GPU_BLOCK_NUMBERS = 1 << 24
 
 MODES = ("inclusive", "strict", "reversed")
