@@ -128,11 +128,10 @@ class _UniformWalk:
 
     def block(self, u: Tensor, log_rho: Tensor | None, first: int, last: int) -> Tensor:
         """States that *enter* the chunks, ``[B, M, H, K, V]``; ``u`` of that shape, ``log_rho [B, M, H]`` `wide`."""
-        decays = self._decays(u, log_rho, first, last)  # [B or 1, H or 1, M + 1, M + 1]
         B, M, H, K, V = u.shape
-        from_carry = decays[..., :1] * self.carry.reshape(B, H, 1, K * V)
-        x = from_carry.add_(decays[..., 1:] @ u.reshape(B, M, H, K * V).transpose(1, 2))
-        x = x.unflatten(-1, (K, V))
+        decays = self._decays(u, log_rho, first, last)  # [B or 1, H or 1, M + 1, M + 1]
+        x = decays[..., 1:] @ u.reshape(B, M, H, K * V).transpose(1, 2)
+        x = x.addcmul_(decays[..., :1], self.carry.reshape(B, H, 1, K * V)).unflatten(-1, (K, V))
         self.carry = x[:, :, -1].clone()  # a view would keep the states of the whole block alive
         return x[:, :, :-1].transpose(1, 2)
 

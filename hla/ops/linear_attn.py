@@ -417,15 +417,15 @@ def _backward(plan: _Plan, saved, grad_outputs, needed) -> list[Tensor | None]:
     gated = g is not None and needed[0]
     dc = shape.new(g.shape[2], dtype) if gated else None  # of the cumulated decays
     dread = shape.new(g.shape[2], dtype) if gated and any(s.mode == "strict" for s in plan.stages) else None
+    walks = [layout.walk(shape.state(i, x), shape.reverse) for i, x in enumerate(initial)]
     adjoints = [layout.walk(shape.state(i, x), not shape.reverse) for i, x in enumerate(dfinals)]
 
     for index in range(len(shape.blocks) - 1, -1, -1):
         block = _Block(shape, *shape.blocks[index], g, tensors | per_token | kept)
         sums = _BlockGradients({name: block.load(x) for name, x in douts.items()}, gated)
         for i in range(n - 1, -1, -1):
-            walk = layout.walk(shape.state(i, initial[i]), shape.reverse)
-            walk.carry = entries[index * n + i]
-            sums.backward(block, plan.stages[i], shape.heads[i], walk, adjoints[i])
+            walks[i].carry = entries[index * n + i]
+            sums.backward(block, plan.stages[i], shape.heads[i], walks[i], adjoints[i])
             for name in last_read[i]:
                 if name in grads:
                     block.store(grads[name], sums.x.pop(name))
