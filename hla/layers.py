@@ -21,6 +21,7 @@ from hla.ops.checks import check_backend
 from hla.ops.higher_order import ahla, hla2, hla3, linear_attn
 from hla.ops.recurrent import step
 from hla.ops.state import State, zeros
+from hla.rotary import apply_rope, rope_cos_sin
 
 OPERATORS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
     "linear_attn": linear_attn,
@@ -592,17 +593,3 @@ def copy_state(out: LayerState, new: LayerState) -> None:
 def state_tensors(state: LayerState) -> list[Tensor]:
     """The tensors of a state, in a fixed order."""
     return [x for x in (state.conv, *state.op, state.position) if x is not None]
-
-
-def rope_cos_sin(position_ids: Tensor, dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin ``[B, T, 1, dim / 2]`` of rotary embeddings at ``position_ids [B, T]``, in at least float32."""
-    dtype = torch.promote_types(dtype, torch.float32)
-    frequency = theta ** (-torch.arange(0, dim, 2, dtype=dtype, device=position_ids.device) / dim)
-    angle = position_ids[..., None, None].to(dtype) * frequency
-    return angle.cos(), angle.sin()
-
-
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates ``x [B, T, H, dim]``: feature i is paired with feature i + dim / 2."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)

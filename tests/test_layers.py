@@ -9,7 +9,8 @@ from torch.nn import functional as F
 import hla
 from hla import layers
 from hla.convolution import positions_in_packed, short_convolution
-from hla.layers import HigherOrderLinearAttention, LayerState, apply_rope, rope_cos_sin, state_tensors
+from hla.layers import HigherOrderLinearAttention, LayerState, state_tensors
+from hla.rotary import apply_rope, rope_cos_sin
 
 HIDDEN = 24
 PAPER = {"p": "q", "ridge": 0.0, "gain": 1.0, "value_ridge": 0.0, "value_gain": 1.0}

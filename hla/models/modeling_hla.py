@@ -15,9 +15,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from hla.convolution import positions_in_packed
-from hla.layers import HigherOrderLinearAttention, RMSNorm, apply_rope, rope_cos_sin
+from hla.layers import HigherOrderLinearAttention, RMSNorm
 from hla.models.cache_hla import HLACache
 from hla.models.configuration_hla import HLAConfig
+from hla.rotary import apply_rope, rope_cos_sin
 
 
 class HLAAttention(nn.Module):
