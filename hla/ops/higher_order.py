@@ -34,9 +34,10 @@ def compose(call: Call, run: Callable = chain) -> tuple[Tensor, State | None]:
 
     def stage(out: str, query: str, keys: str, values: str, residual: str, shaped_by: str | None, gate: int) -> Stage:
         gain, ridge = c.shaping(shaped_by)
-        for name, x in ((f"{shaped_by}.gain", gain), (f"{shaped_by}.ridge", ridge)):
-            if isinstance(x, Tensor):
-                per_token[name] = x * c.scale if x is gain else x
+        if isinstance(gain, Tensor):
+            per_token[f"{shaped_by}.gain"] = gain * c.scale
+        if isinstance(ridge, Tensor):
+            per_token[f"{shaped_by}.ridge"] = ridge
         return Stage(
             out=out,
             query=query,

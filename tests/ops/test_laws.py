@@ -483,6 +483,13 @@ def test_chain_equals_one_call_of_the_primitive_per_stage(name, option):
         assert_close(a, b, 1e-11)
 
 
+@pytest.mark.parametrize("name", ["hla2", "ahla", "hla3"])
+def test_one_tensor_may_be_both_ridge_and_gain(name):
+    x = Inputs(name, "ridge,gain per token")
+    x.kw["gain"] = x.kw["ridge"]
+    assert_close(x.chunk()[0], x.reference())
+
+
 def test_block_size_changes_no_result(monkeypatch):
     x = Inputs("hla3", "g", T=300)
     truth, _ = x.chunk()
