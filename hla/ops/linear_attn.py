@@ -67,6 +67,10 @@ class Stage:
     residual: str | None = None
     mode: str = "inclusive"
 
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}; got {self.mode!r}")
+
 
 def chain(
     stages: Sequence[Stage],

@@ -195,3 +195,9 @@ def test_groups_are_never_repeated_in_memory(monkeypatch):
     assert 0 < largest <= T * HQ * 2 * 4  # the output
     states = (T // 64 + 1) * K * 2
     assert sum(saved) <= sum(x.numel() for x in (q, k, v)) + states
+
+
+def test_unknown_mode_is_named():
+    q = torch.zeros(1, 2, 1, 2)
+    with pytest.raises(ValueError, match="mode must be one of inclusive, strict, reversed; got 'causal'"):
+        la(q, q, q, mode="causal")
