@@ -1,0 +1,76 @@
+"""What to run next: tracks of arms and shapes, the grid of learning rates on one seed, then more seeds of the best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.quality.arms import ARMS
+from benchmarks.quality.training import Job
+
+LRS = (3e-3, 1e-2)
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the ranking: an arm in one shape."""
+
+    track: str
+    arm: str
+    heads: int = 1
+    head_dim: int = 32
+    head_v_dim: int = 32
+
+    def job(self, lr: float, seed: int, **sizes: int) -> Job:
+        return Job(self.track, self.arm, lr, seed, self.heads, self.head_dim, self.head_v_dim, **sizes)
+
+
+def width_track() -> list[Entry]:
+    """All arms at equal width of q, k and v: equal parameters (within a hundredth), different states."""
+    return [Entry("width", name, *((2, 16, 16) if arm.parts else (1, 32, 32))) for name, arm in ARMS.items()]
+
+
+def state_track() -> list[Entry]:
+    """Chosen arms in three shapes each, all with about the same numbers of state, convolution included."""
+    return [Entry("state", arm, 1, k, v) for arm, shapes in EQUAL_STATE.items() for k, v in shapes]
+
+
+ONE_STATE = ((24, 43), (32, 32), (40, 24))  # P: 1305, 1312, 1272 numbers
+TWO_STATE = ((16, 56), (24, 32), (32, 16))  # S and P (or F): 1296, 1308, 1280
+THREE_STATE = ((12, 43), (16, 30), (24, 18))  # S, P and F: 1311, 1282, 1362
+EQUAL_STATE = {
+    "GatedDeltaNet": ONE_STATE,
+    "DeltaNet": ONE_STATE,
+    "linear": ONE_STATE,
+    "exact": TWO_STATE,
+    "query 4": TWO_STATE,
+    "protecting, weighted": TWO_STATE,
+    "both, weighted": THREE_STATE,
+}
+TRACKS = {"width": width_track, "state": state_track}
+
+
+def next_jobs(
+    entries: Sequence[Entry], rows: Iterable[dict[str, Any]], lrs: Sequence[float], seeds: Sequence[int], **sizes: int
+) -> Iterator[Job]:
+    """Jobs without a row, most deciding first: every entry's grid on the first seed, then the best lr's other seeds."""
+    done = {row["key"]: row for row in rows}
+    for entry in entries:
+        yield from (job for job in (entry.job(lr, seeds[0], **sizes) for lr in lrs) if job.key() not in done)
+    for entry in entries:
+        best = best_lr(entry, done, lrs, seeds[0], **sizes)
+        if best is not None:
+            yield from (job for job in (entry.job(best, s, **sizes) for s in seeds[1:]) if job.key() not in done)
+
+
+def best_lr(entry: Entry, done: dict[str, dict[str, Any]], lrs: Sequence[float], seed: int, **sizes: int):
+    """The rate with the best validation accuracy; None while the grid is incomplete."""
+    grid = [done.get(entry.job(lr, seed, **sizes).key()) for lr in lrs]
+    if any(row is None for row in grid):
+        return None
+    scores = [float(row["validation"] or 0.0) for row in grid if row is not None]
+    return lrs[scores.index(max(scores))]
+
+
