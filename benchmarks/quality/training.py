@@ -82,7 +82,7 @@ class Trainer:
             lambda: arm.build(job.hidden_size, job.heads, job.head_dim, job.head_v_dim),
             job.layers,
         ).to(device)
-        decayed = [p for p in self.model.parameters() if p.ndim >= 2 and p is not self.model.embedding.weight]
+        decayed = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear)]
         others = [p for p in self.model.parameters() if not any(p is d for d in decayed)]
         self.on_gpu = device == "cuda"
         self.lr = torch.zeros((), device=device)
