@@ -51,6 +51,7 @@ ARMS: dict[str, Arm] = {
     "linear, gate": public("linear_attn", **GATE),
     "DeltaNet": Arm(mixers.DeltaRule),
     "GatedDeltaNet": Arm(mixers.DeltaRule, GATE),
+    "GatedDeltaNet, identity": Arm(mixers.DeltaRule, {**GATE, **ZERO_MEAN}),
     # Protecting, overwriting, both, with a small second-order term; weighted: every token decides how much it counts.
     "protecting": public("hla2"),
     "overwriting": public("ahla"),
@@ -88,6 +89,10 @@ ARMS: dict[str, Arm] = {
     "query 8 Richardson": moments(query=8, nodes="richardson"),
     "query 4, short reach": moments(query=4, reach=0.3),
     "query 4, per token": moments(query=4, token_nodes=True, token_ridge=True),
+    "query 4, token ridge": moments(query=4, token_ridge=True),
+    "query 4, token nodes": moments(query=4, token_nodes=True),
+    "query 2, per token, gate": moments(query=2, token_nodes=True, token_ridge=True, **GATE),
+    "query 4, per token, gate": moments(query=4, token_nodes=True, token_ridge=True, **GATE),
     "query 4, unweighted": moments(query=4, write_gate=False),
     "query 4, gate": moments(query=4, **GATE),
     "key 1": moments(key=1),

@@ -38,16 +38,17 @@ def state_track() -> list[Entry]:
 
 
 ONE_STATE = ((24, 43), (32, 32), (40, 24))  # P: 1305, 1312, 1272 numbers
+TWO_WIDE_STATES = ((16, 34), (24, 23), (32, 16))  # P and E: 1286, 1317, 1264 numbers
 TWO_STATE = ((16, 56), (24, 32), (32, 16))  # S and P (or F): 1296, 1308, 1280
-THREE_STATE = ((12, 43), (16, 30), (24, 18))  # S, P and F: 1311, 1282, 1362
 EQUAL_STATE = {
     "GatedDeltaNet": ONE_STATE,
-    "DeltaNet": ONE_STATE,
+    "query 4, per token, gate": TWO_STATE,
+    "DeltaNet, identity": ONE_STATE,
+    "query 4, per token": TWO_STATE,
+    "query 2, per token, gate": TWO_STATE,
     "linear": ONE_STATE,
-    "exact": TWO_STATE,
-    "query 4": TWO_STATE,
-    "protecting, weighted": TWO_STATE,
-    "both, weighted": THREE_STATE,
+    "overwriting": TWO_WIDE_STATES,
+    "GatedDeltaNet, identity": ONE_STATE,
 }
 TRACKS = {"width": width_track, "state": state_track}
 
@@ -55,22 +56,16 @@ TRACKS = {"width": width_track, "state": state_track}
 def next_jobs(
     entries: Sequence[Entry], rows: Iterable[dict[str, Any]], lrs: Sequence[float], seeds: Sequence[int], **sizes: int
 ) -> Iterator[Job]:
-    """Jobs without a row, most deciding first: every entry's grid on the first seed, then the best lr's other seeds."""
+    """Jobs without a row, most deciding first: every arm's grid on the first seed, then its best point's other seeds."""
     done = {row["key"]: row for row in rows}
+    grids: dict[str, list[tuple[Entry, float]]] = {}
     for entry in entries:
-        yield from (job for job in (entry.job(lr, seeds[0], **sizes) for lr in lrs) if job.key() not in done)
-    for entry in entries:
-        best = best_lr(entry, done, lrs, seeds[0], **sizes)
-        if best is not None:
-            yield from (job for job in (entry.job(best, s, **sizes) for s in seeds[1:]) if job.key() not in done)
-
-
-def best_lr(entry: Entry, done: dict[str, dict[str, Any]], lrs: Sequence[float], seed: int, **sizes: int):
-    """The rate with the best validation accuracy; None while the grid is incomplete."""
-    grid = [done.get(entry.job(lr, seed, **sizes).key()) for lr in lrs]
-    if any(row is None for row in grid):
-        return None
-    scores = [float(row["validation"] or 0.0) for row in grid if row is not None]
-    return lrs[scores.index(max(scores))]
-
-
+        grids.setdefault(entry.arm, []).extend((entry, lr) for lr in lrs)
+    first = {arm: [entry.job(lr, seeds[0], **sizes) for entry, lr in grid] for arm, grid in grids.items()}
+    for jobs in first.values():
+        yield from (job for job in jobs if job.key() not in done)
+    for arm, jobs in first.items():
+        if all(job.key() in done for job in jobs):
+            scores = [float(done[job.key()]["validation"] or 0.0) for job in jobs]
+            entry, lr = grids[arm][scores.index(max(scores))]
+            yield from (job for job in (entry.job(lr, s, **sizes) for s in seeds[1:]) if job.key() not in done)
