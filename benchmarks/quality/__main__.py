@@ -36,7 +36,9 @@ def main() -> None:
     if args.arms:
         unknown = [a for a in args.arms if a not in {e.arm for e in entries}]
         if unknown:
-            parser.error(f"track {args.track} has no arm {unknown[0]!r}; it has: {', '.join({e.arm: 0 for e in entries})}")
+            parser.error(
+                f"track {args.track} has no arm {unknown[0]!r}; it has: {', '.join({e.arm: 0 for e in entries})}"
+            )
         entries = [e for a in args.arms for e in entries if e.arm == a]
     sizes = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
     deadline = time.perf_counter() + 60 * args.minutes if args.minutes else float("inf")

@@ -21,7 +21,20 @@ COLUMNS = [
     *("task", "track", "arm", "options", "heads", "head_dim", "head_v_dim", "hidden_size", "layers"),
     *("lr", "seed", "steps", "tokens_per_step", "parameters", "mixer_parameters", "state_numbers"),
     *("validation", "test", *(f"test_{n}x{p}" for n, p in TRAINED + LONGER)),
-    *("finite", "plateau_steps", "seconds", "error", "device", "threads", "torch", "python", "hla", "commit", "date", "curve"),
+    *(
+        "finite",
+        "plateau_steps",
+        "seconds",
+        "error",
+        "device",
+        "threads",
+        "torch",
+        "python",
+        "hla",
+        "commit",
+        "date",
+        "curve",
+    ),
 ]
 
 

@@ -59,9 +59,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
     for batch in batches:
         positions.append(batch.positions + shift)
         shift += length * batch.tokens.shape[0]
-    return Batch(
-        torch.cat([b.tokens for b in batches]), torch.cat(positions), torch.cat([b.targets for b in batches])
-    )
+    return Batch(torch.cat([b.tokens for b in batches]), torch.cat(positions), torch.cat([b.targets for b in batches]))
 
 
 class Recall:
