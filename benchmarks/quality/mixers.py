@@ -1,8 +1,8 @@
 """The mixers under comparison that are no options of the public layer: peers, and forms of HLA on trial.
 
-All of them are `hla.HigherOrderLinearAttention` with another operator in the middle: projections, convolution, features,
-norms, decay and gates are the layer's own, so that a comparison compares operators. They are written as explicit T x T
-matrices: the tasks here are at most 512 tokens long.
+All of them are `hla.HigherOrderLinearAttention` with another operator in the middle: projections, convolution,
+features, norms, decay and gates are the layer's own, so that a comparison compares operators. They are written as
+explicit T x T matrices: the tasks here are at most 512 tokens long.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hla.layers import B_START, HigherOrderLinearAttention
-
 
 # Steps of conjugate gradients that stand for an exact solution (float32, condition numbers up to some hundreds).
 SOLVER_STEPS = 16
@@ -323,7 +322,7 @@ def _conjugate_gradients(q, k, b, ridge, decay, iterations):
 
 
 class WriteGated(HigherOrderLinearAttention):
-    """The public layer whose keys and values are weighted by ``sqrt(beta_j)`` and ``beta_j``, beta = sigmoid(per token).
+    """The public layer with keys and values weighted by ``sqrt(beta_j)`` and ``beta_j``, beta = sigmoid(per token).
 
     So every token decides how much it counts in S and P. ``keys`` False weighs the values alone. ``own_size`` starts
     the second-order term at the delta rule's own size (b = beta) instead of small.

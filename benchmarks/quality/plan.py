@@ -56,7 +56,7 @@ TRACKS = {"width": width_track, "state": state_track}
 def next_jobs(
     entries: Sequence[Entry], rows: Iterable[dict[str, Any]], lrs: Sequence[float], seeds: Sequence[int], **sizes: int
 ) -> Iterator[Job]:
-    """Jobs without a row, most deciding first: every arm's grid on the first seed, then its best point's other seeds."""
+    """Jobs without a row, most deciding first: every arm's grid on the first seed, then more of its best."""
     done = {row["key"]: row for row in rows}
     grids: dict[str, list[tuple[Entry, float]]] = {}
     for entry in entries:
