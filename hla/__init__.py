@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hla.ops import reference
-from hla.ops.higher_order import ahla, hla2, hla3, hla_n, linear_attn
+from hla.ops.higher_order import ahla, hla2, hla3, hla_n, hla_q, linear_attn
 from hla.ops.recurrent import step
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = [
     "hla2",
     "hla3",
     "hla_n",
+    "hla_q",
     "linear_attn",
     "reference",
     "step",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hla.convolution import positions_in_packed, short_convolution
-from hla.ops.checks import check_backend
-from hla.ops.higher_order import ahla, hla2, hla3, linear_attn
+from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
+from hla.ops.checks import chebyshev_nodes, check_backend
+from hla.ops.higher_order import ahla, hla2, hla3, hla_q, linear_attn
 from hla.ops.recurrent import step
 from hla.ops.state import State, zeros
 from hla.rotary import apply_rope, rope_cos_sin
@@ -28,6 +29,7 @@ OPERATORS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
     "hla2": hla2,
     "ahla": ahla,
     "hla3": hla3,
+    "hla_q": hla_q,
 }
 FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,
@@ -35,10 +37,6 @@ FEATURE_MAPS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "elu1": lambda x: F.elu(x) + 1,
 }
-INNER_QUERIES = ("q", "k", "proj")
-DECAYS = ("none", "fixed", "token")
-QK_NORMS = ("l2", "rms", "none")
-LEARNED = ("head", "token", "delta")
 # Learned coefficients start close to first-order attention (ridge 1, a small gain): started larger, training stalls.
 B_START = math.exp(-3.0)
 # Small taps (q, k and the output are normalised anyway) learn text faster than the usual uniform ones, by 0.02 to 0.04
@@ -78,13 +76,21 @@ class HigherOrderLinearAttention(nn.Module):
         num_kv_heads: key / value heads, a divisor of num_heads; None means num_heads.
         head_dim: width of q and k per head, at most 256; None means ``hidden_size // num_heads``.
         head_v_dim: width of v per head, at most 256; None means head_dim.
-        op: ``"linear_attn"``, ``"hla2"``, ``"ahla"`` or ``"hla3"``. ``linear_attn`` has no inner query and ignores p,
-            ridge and gain; value_ridge and value_gain are read by ``hla3`` only.
+        op: ``"hla_q"``, ``"linear_attn"``, ``"hla2"``, ``"ahla"`` or ``"hla3"``. What an operator does not have it
+            ignores: ``hla_q`` and ``linear_attn`` have no inner query and no gain, ``linear_attn`` no ridge, and only
+            ``hla3`` has value_ridge and value_gain.
+        order: of hla_q: how often it reads the key moment (1 to 16).
+        nodes: of hla_q: ``"chebyshev"``, constants; ``"head"``, learned per head (starting there); or ``"token"``,
+            ``sigmoid(learned per head + learned per token)``.
+        write_gate: weigh what each token adds to the moments by ``b = sigmoid(W x)`` per key head (k and v are
+            multiplied by ``sqrt(b)``); None means True for hla_q and False for the others.
         p: inner query: ``"q"``, ``"k"`` or ``"proj"``, an own projection (one per key head).
         ridge, gain, value_ridge, value_gain: each a constant; ``"head"``, learned per head; ``"token"``, learned per
-            head times ``2 sigmoid(learned per token)``; or ``"delta"``: with ``b = exp(learned per head, start -3) *
-            sigmoid(per token)``, ``gain = -b / scale`` and ``ridge = 1 + b |k|^2``, so that every key is decorrelated
-            from earlier keys (``k~_j = k_j - b_j S_{j-1} k_j``) and every value corrected by what its key already reads
+            head times ``2 sigmoid(learned per token)`` (the positive ridge of hla_q: ``exp(learned per head + learned
+            per token)``); None, which is "token" for hla_q and "delta" for the others; or ``"delta"``: with
+            ``b = exp(learned per head, start -3) * sigmoid(per token)``, ``gain = -b / scale`` and
+            ``ridge = 1 + b |k|^2``, so that every key is decorrelated from earlier keys
+            (``k~_j = k_j - b_j S_{j-1} k_j``) and every value corrected by what its key already reads
             (``v~_j = v_j - b_j P_{j-1}^T k_j``). "delta" needs p = "k" and goes to both of a pair or to neither.
         decay: ``"none"``; ``"fixed"``, RetNet's constants ``log(1 - 2^(-5-h))`` per key head; or ``"token"``:
             ``g = -exp(A_log) * softplus(W x + dt_bias)`` per token and key head, in float32.
@@ -114,12 +120,15 @@ class HigherOrderLinearAttention(nn.Module):
         head_dim: int | None = None,
         *,
         head_v_dim: int | None = None,
-        op: str = "hla2",
+        op: str = "hla_q",
+        order: int = 4,
+        nodes: str = "head",
+        write_gate: bool | None = None,
         p: str = "k",
-        ridge: float | str = "delta",
-        gain: float | str = "delta",
-        value_ridge: float | str = "delta",
-        value_gain: float | str = "delta",
+        ridge: float | str | None = None,
+        gain: float | str | None = None,
+        value_ridge: float | str | None = None,
+        value_gain: float | str | None = None,
         decay: str = "none",
         conv_size: int = 4,
         rope_theta: float | None = None,
@@ -142,8 +151,11 @@ class HigherOrderLinearAttention(nn.Module):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_dim = hidden_size // num_heads if head_dim is None else head_dim
         self.head_v_dim = self.head_dim if head_v_dim is None else head_v_dim
-        self.op, self.p, self.decay = op, p if op != "linear_attn" else None, decay
-        self.coefficients = {name: arguments[name] for name in coefficient_names(op)}
+        self.op, self.order, self.nodes, self.decay = op, order, nodes if op == "hla_q" else None, decay
+        self.p = p if op not in ("linear_attn", "hla_q") else None
+        self.write_gate = op == "hla_q" if write_gate is None else write_gate
+        given = {name: arguments[name] for name in coefficient_names(op)}
+        self.coefficients = {name: default_coefficient(op) if x is None else x for name, x in given.items()}
         self.conv_size, self.rope_theta = conv_size, rope_theta
         self.feature_map, self.qk_norm = feature_map, qk_norm
         self.scale = self.head_dim**-0.5 if scale is None else float(scale)
@@ -159,7 +171,7 @@ class HigherOrderLinearAttention(nn.Module):
         if conv_size:
             self.conv_weight = nn.Parameter(torch.empty(self.channels, conv_size))
 
-        p_heads = self.num_heads if self.p == "q" else self.num_kv_heads
+        p_heads = self.num_kv_heads if self.p in ("k", "proj") else self.num_heads
         for name, value in self.coefficients.items():
             if value in ("head", "token"):
                 self.register_parameter(f"{name}_head", nn.Parameter(torch.empty(p_heads)))
@@ -168,6 +180,12 @@ class HigherOrderLinearAttention(nn.Module):
         if "delta" in self.coefficients.values():
             self.log_b = nn.Parameter(torch.empty(p_heads))
             self.b_proj = nn.Linear(hidden_size, p_heads, bias=False)
+        if self.nodes in ("head", "token"):
+            self.node_logits = nn.Parameter(torch.empty(self.num_heads, order + 1))
+        if self.nodes == "token":
+            self.node_proj = nn.Linear(hidden_size, self.num_heads, bias=False)
+        if self.write_gate:
+            self.write_proj = nn.Linear(hidden_size, self.num_kv_heads, bias=False)
         if decay == "token":
             self.A_log = nn.Parameter(torch.empty(self.num_kv_heads))
             self.dt_bias = nn.Parameter(torch.empty(self.num_kv_heads))
@@ -193,9 +211,12 @@ class HigherOrderLinearAttention(nn.Module):
         for name, value in self.coefficients.items():
             if value in ("head", "token"):
                 parameter = self.get_parameter(f"{name}_head")
-                yield parameter, torch.full(parameter.shape, START[name])
+                # hla_q's ridge is the exponential of its parameter.
+                yield parameter, torch.full(parameter.shape, 0.0 if self.op == "hla_q" else START[name])
         if "delta" in self.coefficients.values():
             yield self.log_b, torch.full(self.log_b.shape, math.log(B_START))
+        if self.nodes in ("head", "token"):
+            yield self.node_logits, torch.logit(chebyshev_nodes(self.order)).expand(self.num_heads, -1)
         if self.decay == "token":
             # Step sizes dt spread log-uniformly over [0.001, 0.1] and rates over [1, 16], as in Mamba-2.
             yield self.A_log, (1 + 15 * torch.rand_like(heads)).log()
@@ -291,6 +312,9 @@ class HigherOrderLinearAttention(nn.Module):
             shaped = [part * mask[..., None] for part in shaped]
             v = v * mask[..., None]
         q, k, *own = shaped
+        if self.write_gate:
+            share = torch.sigmoid(_wide(self.write_proj(hidden_states)))[..., None].sqrt()
+            k, v = (part * share.to(part.dtype) for part in (k, v))
         return q, k, v, own[0] if own else self.p, conv
 
     def _operate(
@@ -305,14 +329,19 @@ class HigherOrderLinearAttention(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Any]:
         """The operator's output ``[B, T, heads, head_v_dim]`` and state: one step for one token, else in chunks."""
-        options |= {"scale": self.scale, "normalize": self.normalize}
+        options["scale"] = self.scale
+        if self.op == "hla_q":
+            options["order"] = self.order
+        else:
+            options["normalize"] = self.normalize
         op_state = None if state is None else state.op
         in_place = out_state is not None and not torch.is_grad_enabled()
         if op_state is not None and out_state is not None and not in_place:
             # The backward pass reads it, and out_state may be the same tensors.
             op_state = map_state(Tensor.clone, op_state)
         if q.shape[1] == 1 and state is not None and cu_seqlens is None:
-            options = {name: x[:, 0] if isinstance(x, Tensor) else x for name, x in options.items()}
+            # (nodes per head have no dimension of time)
+            options = {n: x[:, 0] if isinstance(x, Tensor) and x.dim() > 2 else x for n, x in options.items()}
             target = out_state.op if out_state is not None and in_place else None
             o, op = step(self.op, q[:, 0], k[:, 0], v[:, 0], op_state, out_state=target, **options)
             return o[:, None], op
@@ -337,7 +366,8 @@ class HigherOrderLinearAttention(nn.Module):
             self.num_kv_heads,
             self.head_dim,
             self.head_v_dim,
-            p_heads=self.num_heads if self.p == "q" else self.num_kv_heads,
+            order=self.order if self.op == "hla_q" else None,
+            p_heads=self.num_kv_heads if self.p in ("k", "proj") else self.num_heads,
             normalize=self.normalize,
             dtype=dtype,
             device=device,
@@ -358,7 +388,9 @@ class HigherOrderLinearAttention(nn.Module):
         return (wide * torch.rsqrt(square + self.norm_eps)).to(x.dtype)
 
     def _coefficients(self, hidden_states: Tensor, k: Tensor) -> dict[str, Any]:
-        """ridge, gain (and value_ridge, value_gain): constants or ``[B, T, heads of p]`` in float32."""
+        """ridge, gain, value_ridge, value_gain: constants or ``[B, T, heads of p]`` in float32; nodes of hla_q."""
+        if self.op == "hla_q":
+            return {"ridge": self._positive_ridge(hidden_states), "nodes": self._nodes(hidden_states)}
         values: dict[str, Any] = {}
         b = None
         if "delta" in self.coefficients.values():
@@ -375,6 +407,24 @@ class HigherOrderLinearAttention(nn.Module):
             else:
                 values[name] = float(kind)
         return values
+
+    def _positive_ridge(self, hidden_states: Tensor) -> float | Tensor:
+        kind = self.coefficients["ridge"]
+        if kind not in ("head", "token"):
+            return float(kind)
+        logarithm = _wide(self.get_parameter("ridge_head")).expand(*hidden_states.shape[:2], -1)
+        if kind == "token":
+            logarithm = logarithm + _wide(self.get_submodule("ridge_proj")(hidden_states))
+        return logarithm.clamp(-12, 12).exp()  # beyond that float32 has nothing to tell it from 0 or infinity
+
+    def _nodes(self, hidden_states: Tensor) -> Tensor | None:
+        """``[HQ, order + 1]`` or ``[B, T, HQ, order + 1]`` in float32; None for the operator's own."""
+        if self.nodes == "chebyshev":
+            return None
+        logits = _wide(self.node_logits)
+        if self.nodes == "token":
+            logits = logits + _wide(self.node_proj(hidden_states))[..., None]
+        return torch.sigmoid(logits)
 
     def _log_decay(self, hidden_states: Tensor, mask: Tensor | None) -> Tensor | None:
         """``[B, T, num_kv_heads]`` in float32 or float64, 0 at pads, or None."""
@@ -461,115 +511,12 @@ class HigherOrderLinearAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"op={self.op!r}, p={self.p!r}, heads={self.num_heads}/{self.num_kv_heads}, "
+            f"op={self.op!r}, "
+            + (f"order={self.order}, nodes={self.nodes!r}, " if self.op == "hla_q" else f"p={self.p!r}, ")
+            + f"write_gate={self.write_gate}, heads={self.num_heads}/{self.num_kv_heads}, "
             f"head_dim={self.head_dim}/{self.head_v_dim}, decay={self.decay!r}, conv_size={self.conv_size}, "
             + ", ".join(f"{name}={value!r}" for name, value in self.coefficients.items())
         )
-
-
-def coefficient_names(op: str) -> tuple[str, ...]:
-    """The coefficients an operator reads."""
-    return {"linear_attn": (), "hla3": ("ridge", "gain", "value_ridge", "value_gain")}.get(op, ("ridge", "gain"))
-
-
-def check_arguments(
-    *,
-    hidden_size: int,
-    num_heads: int,
-    num_kv_heads: int | None,
-    head_dim: int | None,
-    head_v_dim: int | None,
-    op: str,
-    p: str,
-    ridge: float | str,
-    gain: float | str,
-    value_ridge: float | str,
-    value_gain: float | str,
-    decay: str,
-    conv_size: int,
-    rope_theta: float | None,
-    feature_map: str,
-    qk_norm: str,
-    scale: float | None,
-    normalize: bool,
-    output_norm: bool,
-    output_gate: bool,
-    bias: bool,
-    norm_eps: float,
-) -> None:
-    """Checks the arguments of `HigherOrderLinearAttention`; raises a ValueError or TypeError that names the bad one."""
-    _check_int("hidden_size", hidden_size, 1)
-    _check_int("num_heads", num_heads, 1)
-    if num_kv_heads is not None:
-        _check_int("num_kv_heads", num_kv_heads, 1)
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_heads ({num_heads}) must be a multiple of num_kv_heads ({num_kv_heads})")
-    if head_dim is None:
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"hidden_size ({hidden_size}) must be a multiple of num_heads ({num_heads}) without head_dim"
-            )
-        head_dim = hidden_size // num_heads
-    _check_int("head_dim", head_dim, 1, 256)
-    if head_v_dim is not None:
-        _check_int("head_v_dim", head_v_dim, 1, 256)
-    _check_choice("op", op, tuple(OPERATORS))
-    _check_choice("p", p, INNER_QUERIES)
-    _check_choice("decay", decay, DECAYS)
-    _check_choice("feature_map", feature_map, tuple(FEATURE_MAPS))
-    _check_choice("qk_norm", qk_norm, QK_NORMS)
-    _check_int("conv_size", conv_size, 0, 16)
-    flags = {"normalize": normalize, "output_norm": output_norm, "output_gate": output_gate, "bias": bias}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be True or False, got {flag!r}")
-    _check_positive("norm_eps", norm_eps)
-    if scale is not None:
-        _check_positive("scale", scale)
-    if rope_theta is not None:
-        _check_positive("rope_theta", rope_theta)
-        if head_dim % 2:
-            raise ValueError(f"rope_theta needs an even head_dim, got head_dim {head_dim}")
-
-    coefficients = {"ridge": ridge, "gain": gain, "value_ridge": value_ridge, "value_gain": value_gain}
-    for name, value in coefficients.items():
-        if isinstance(value, str):
-            _check_choice(name, value, LEARNED, "a number or ")
-        elif isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number or one of {LEARNED}, got {value!r}")
-        elif not math.isfinite(value):
-            raise ValueError(f"{name} must be finite, got {value}")
-    read = coefficient_names(op)
-    for first, second in (("ridge", "gain"), ("value_ridge", "value_gain")):
-        if first not in read:
-            continue
-        deltas = [name for name in (first, second) if coefficients[name] == "delta"]
-        if len(deltas) == 1:
-            raise ValueError(f'{first} and {second} must both be "delta" or neither, but only {deltas[0]} is')
-        if deltas and p != "k":
-            raise ValueError(f'{first} = {second} = "delta" needs p = "k", got p = {p!r}')
-
-
-def _check_int(name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"from {low} to {high}"
-        raise ValueError(f"{name} must be {bounds}, got {value}")
-
-
-def _check_positive(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{name} must be positive and finite, got {value}")
-
-
-def _check_choice(name: str, value: Any, choices: tuple[str, ...], also: str = "") -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be {also}one of {choices}, got {value!r}")
-    if value not in choices:
-        raise ValueError(f"{name} must be {also}one of {choices}, got {value!r}")
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -27,9 +27,10 @@ def random_ids(batch, length, seed=1):
 OPTIONS = {
     "default": {},
     "token decay, rope": {"decay": "token", "use_rope": True, "num_key_value_heads": 2},
+    "hla2": {"op": "hla2"},
     "hla3": {"op": "hla3", "decay": "fixed"},
     "no convolution, normalized": {
-        "conv_size": 0, "normalize": True, "p": "q", "ridge": 0.0, "gain": 1.0, "feature_map": "elu1",
+        "op": "hla2", "conv_size": 0, "normalize": True, "p": "q", "ridge": 0.0, "gain": 1.0, "feature_map": "elu1",
     },
     "hybrid": {"layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 2},
     "softmax first": {"layer_types": ["full_attention", "linear_attention"], "use_rope": True},

@@ -18,20 +18,26 @@ PAPER = {"p": "q", "ridge": 0.0, "gain": 1.0, "value_ridge": 0.0, "value_gain": 
 # One entry per option (or pair that could interact); every operator, inner query, coefficient, decay and norm occurs.
 OPTIONS = {
     "default": {},
+    "hla_q token": {"nodes": "token", "decay": "token", "num_kv_heads": 2, "rope_theta": 100.0},
+    "hla_q constants": {"nodes": "chebyshev", "ridge": 0.5, "write_gate": False, "order": 1, "head_v_dim": 5},
+    "hla_q ridge per head": {"ridge": "head", "decay": "fixed", "order": 2, "num_kv_heads": 1},
     "linear_attn": {"op": "linear_attn"},
+    "hla2 write gate": {"op": "hla2", "write_gate": True, "decay": "token", "num_kv_heads": 2},
     "linear_attn token decay": {"op": "linear_attn", "decay": "token"},
-    "hla2 paper": PAPER,
-    "hla2 fixed decay": {"decay": "fixed"},
-    "hla2 token decay": {"decay": "token"},
-    "hla2 rope": {"rope_theta": 100.0, "decay": "token"},
-    "hla2 grouped q": {**PAPER, "num_kv_heads": 2, "rope_theta": 100.0},
-    "hla2 grouped k": {"num_kv_heads": 2, "decay": "fixed"},
-    "hla2 own p": {"p": "proj", "ridge": "head", "gain": "head", "num_kv_heads": 1, "rope_theta": 100.0},
-    "hla2 token coefficients": {"p": "q", "ridge": "token", "gain": "token", "num_kv_heads": 2},
-    "hla2 normalized": {**PAPER, "normalize": True, "feature_map": "elu1", "decay": "fixed"},
-    "hla2 bare": {**PAPER, "conv_size": 0, "output_norm": False, "output_gate": False, "feature_map": "identity"},
-    "hla2 bias": {"bias": True, "conv_size": 1, "qk_norm": "none", "feature_map": "relu"},
-    "hla2 rms": {"qk_norm": "rms", "scale": 0.1},
+    "hla2 paper": {"op": "hla2", **PAPER},
+    "hla2 fixed decay": {"op": "hla2", "decay": "fixed"},
+    "hla2 token decay": {"op": "hla2", "decay": "token"},
+    "hla2 rope": {"op": "hla2", "rope_theta": 100.0, "decay": "token"},
+    "hla2 grouped q": {"op": "hla2", **PAPER, "num_kv_heads": 2, "rope_theta": 100.0},
+    "hla2 grouped k": {"op": "hla2", "num_kv_heads": 2, "decay": "fixed"},
+    "hla2 own p": {"op": "hla2", "p": "proj", "ridge": "head", "gain": "head", "num_kv_heads": 1, "rope_theta": 100.0},
+    "hla2 token coefficients": {"op": "hla2", "p": "q", "ridge": "token", "gain": "token", "num_kv_heads": 2},
+    "hla2 normalized": {"op": "hla2", **PAPER, "normalize": True, "feature_map": "elu1", "decay": "fixed"},
+    "hla2 bare": {
+        "op": "hla2", **PAPER, "conv_size": 0, "output_norm": False, "output_gate": False, "feature_map": "identity",
+    },
+    "hla2 bias": {"op": "hla2", "bias": True, "conv_size": 1, "qk_norm": "none", "feature_map": "relu"},
+    "hla2 rms": {"op": "hla2", "qk_norm": "rms", "scale": 0.1},
     "ahla": {"op": "ahla", "decay": "token"},
     "ahla paper": {"op": "ahla", **PAPER, "qk_norm": "rms"},
     "ahla own p": {"op": "ahla", "p": "proj", "ridge": 1.0, "gain": "token", "num_kv_heads": 2},
@@ -154,7 +160,8 @@ def test_padding_changes_nothing(options, side):
 
 @torch.no_grad()
 def test_pads_reach_the_operator_as_zeros(monkeypatch):
-    layer, mask = make_layer(p="proj", ridge=1.0, gain=0.1, feature_map="elu1", decay="token"), torch.ones(2, 9)
+    layer = make_layer(op="hla2", p="proj", ridge=1.0, gain=0.1, feature_map="elu1", decay="token")
+    mask = torch.ones(2, 9)
     mask[0, :4] = mask[1, 6:] = 0
     seen = {}
 
@@ -285,6 +292,40 @@ def test_delta_form_corrects_by_what_came_before(op):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("nodes", ["chebyshev", "head", "token"])
+def test_query_side_reads_what_least_squares_would(nodes):
+    """q~ = (S + ridge I)^{-1} q up to the order's polynomial, with every token's share b in S and P."""
+    layer = make_layer(order=3, nodes=nodes, conv_size=0, output_norm=False, output_gate=False, decay="fixed")
+    layer.ridge_head += torch.tensor([0.0, 1.0, -1.0, 0.5])
+    x = tokens(1, 15)
+    q, k, v = (part.unflatten(-1, (4, 6)) for part in layer.qkv_proj(x).chunk(3, -1))
+    q, k = (F.silu(part) for part in (q, k))
+    q, k = (part / (part.square().sum(-1, keepdim=True) + 1e-6).sqrt() for part in (q, k))
+    b = torch.sigmoid(layer.write_proj(x))
+    ridge = (layer.ridge_head + layer.ridge_proj(x)).exp()
+    if nodes == "chebyshev":
+        node = 0.5 + 0.5 * torch.cos(math.pi * (torch.arange(4, dtype=torch.float64) + 0.5) / 4)
+    else:
+        layer.node_logits += torch.rand_like(layer.node_logits)
+        node = torch.sigmoid(layer.node_logits + (layer.node_proj(x)[..., None] if nodes == "token" else 0.0))
+    node = node.expand(1, 15, 4, 4)
+    gamma = 1 - 2.0 ** -torch.arange(5, 9, dtype=torch.float64)
+    o = torch.zeros_like(v)
+    for h in range(4):
+        S = P = torch.zeros(6, 6, dtype=torch.float64)
+        for t in range(15):
+            key = k[0, t, h]
+            S = gamma[h] * S + b[0, t, h] * torch.outer(key, key)
+            P = gamma[h] * P + b[0, t, h] * torch.outer(key, v[0, t, h])
+            A = S + ridge[0, t, h] * torch.eye(6, dtype=torch.float64)
+            y = torch.zeros(6, dtype=torch.float64)
+            for m in node[0, t, h]:
+                y = y + (q[0, t, h] - A @ y) / (ridge[0, t, h] + m * S.trace())
+            o[0, t, h] = 6**-0.5 * P.T @ y
+    close(layer(x)[0], layer.o_proj(o.flatten(2)))
+
+
+@torch.no_grad()
 def test_norm_and_gate_of_the_output():
     layer, x = make_layer(), tokens(1, 9)
     layer.o_norm.weight.copy_(torch.rand(6))
@@ -312,6 +353,9 @@ def test_decays():
 def test_start_values():
     layer = make_layer(torch.float32, op="hla3", ridge="head", gain="token", decay="token", num_kv_heads=2)
     close(layer.log_b, torch.full((2,), -3.0))
+    query_side = make_layer(torch.float32, order=1)
+    close(query_side.ridge_head, torch.zeros(4))
+    close(torch.sigmoid(query_side.node_logits), torch.tensor([[0.8535534, 0.1464466]]).expand(4, 2), 1e-6)
     close(layer.ridge_head, torch.ones(2))
     close(layer.gain_head, torch.full((2,), math.exp(-3)), 1e-6)
     dt = F.softplus(layer.dt_bias)
@@ -350,7 +394,7 @@ def test_position_ids():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"op": "hla3", "decay": "token", "rope_theta": 100.0}])
+@pytest.mark.parametrize("options", [{}, {"op": "hla2"}, {"op": "hla3", "decay": "token", "rope_theta": 100.0}])
 def test_bfloat16_is_close(options):
     layer, x = make_layer(torch.float32, **options), tokens(2, 100, torch.float32)
     y, _ = layer(x)
@@ -430,13 +474,21 @@ BAD = [
     ({"ridge": "channel"}, ValueError, "ridge"),
     ({"gain": "tokens"}, ValueError, "gain"),
     ({"op": "hla3", "value_ridge": "x"}, ValueError, "value_ridge"),
-    ({"value_gain": None}, TypeError, "value_gain"),
+    ({"value_gain": True}, TypeError, "value_gain"),
     ({"ridge": True, "gain": 1.0}, TypeError, "ridge"),
     ({"ridge": float("nan"), "gain": 1.0}, ValueError, "ridge"),
-    ({"gain": 1.0}, ValueError, "ridge and gain"),
-    ({"ridge": "head"}, ValueError, "only gain"),
+    ({"op": "hla2", "gain": 1.0}, ValueError, "ridge and gain"),
+    ({"op": "hla2", "ridge": "head"}, ValueError, "only gain"),
+    ({"ridge": "delta"}, ValueError, "ridge"),
+    ({"ridge": 0.0}, ValueError, "ridge of hla_q must be positive"),
+    ({"normalize": True}, ValueError, "normalize"),
+    ({"order": 0}, ValueError, "order"),
+    ({"order": 2.0}, TypeError, "order"),
+    ({"nodes": "delta"}, ValueError, "nodes"),
+    ({"nodes": None}, TypeError, "nodes"),
+    ({"write_gate": 1}, TypeError, "write_gate"),
     ({"op": "hla3", "value_gain": 1.0}, ValueError, "value_ridge and value_gain"),
-    ({"p": "q"}, ValueError, 'p = "k"'),
+    ({"op": "hla2", "p": "q"}, ValueError, 'p = "k"'),
     ({"op": "hla3", "p": "proj", "ridge": 0, "gain": 1}, ValueError, 'p = "k"'),
     ({"decay": "channel"}, ValueError, "decay"),
     ({"conv_size": -1}, ValueError, "conv_size"),

@@ -263,7 +263,7 @@ def test_saved_and_loaded_through_the_auto_classes(options, tmp_path):
 
 @torch.no_grad()
 def test_what_a_checkpoint_lacks_starts_as_in_a_fresh_model(tmp_path):
-    model = make_model(torch.float32, decay="token", ridge="head", gain="head")
+    model = make_model(torch.float32, op="hla2", decay="token", ridge="head", gain="head")
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     gone = ("A_log", "dt_bias", "conv_weight", "gain_head", "o_norm.weight", "o_proj.weight")
@@ -386,7 +386,7 @@ BAD = [
     ({"op": "gla"}, ValueError, "op must"),
     ({"p": "q"}, ValueError, 'p = "k"'),
     ({"ridge": "channel"}, ValueError, "ridge"),
-    ({"gain": 1.0}, ValueError, "ridge and gain"),
+    ({"op": "hla2", "gain": 1.0}, ValueError, "ridge and gain"),
     ({"decay": "scalar"}, ValueError, "decay"),
     ({"conv_size": None}, TypeError, "conv_size"),
     ({"feature_map": "gelu"}, ValueError, "feature_map"),

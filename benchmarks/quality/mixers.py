@@ -371,6 +371,6 @@ def state_numbers(mixer: nn.Module) -> int | None:
     else:
         state = mixer.zero_state(1, torch.float32, "meta").op
         operator = sum(x.numel() for name, x in state._asdict().items() if x is not None and name != "S")
-        if getattr(state, "S", None) is not None:
-            operator += state.S.shape[1] * packed_square(mixer.head_dim)
+        if "S" in state._fields:
+            operator += mixer.num_kv_heads * packed_square(mixer.head_dim)
     return None if operator is None else operator + convolution

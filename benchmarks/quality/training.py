@@ -100,7 +100,7 @@ class Trainer:
 
     def train(self, batches: Callable[[int], Batch], schedule: list[int]) -> None:
         """``batches(step)`` gives the batch of a step, of the kind that ``schedule`` says."""
-        if not self.on_gpu:
+        if self.stream is None:
             for step, _ in enumerate(schedule):
                 self.lr.copy_(self.rates[step])
                 self.losses[step] = self.step(batches(step))

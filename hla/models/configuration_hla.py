@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from hla.layers import check_arguments
+from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
 
 KNOWN_TO_TRANSFORMERS = {
     "attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions",
@@ -26,6 +26,14 @@ SIZES: dict[str, dict[str, Any]] = {
     "medium": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 2560},
     "large": {"hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 5120},
 }
+
+
+CONFIG_VERSION = 2
+# Version 1 saved no version, and left out the fields that had these values.
+VERSION_1 = {
+    "op": "hla2", "p": "k", "ridge": "delta", "gain": "delta", "value_ridge": "delta", "value_gain": "delta",
+    "write_gate": False,
+}  # fmt: skip
 
 
 class HLAConfig(PreTrainedConfig):
@@ -47,8 +55,10 @@ class HLAConfig(PreTrainedConfig):
         rope_parameters: ``{"rope_type": "default", "rope_theta": ...}``, of softmax layers and, with use_rope, of HLA.
         use_rope: rotary embeddings in HLA layers.
         layer_types: ``"linear_attention"`` (HLA) or ``"full_attention"`` (softmax) per layer; None means all HLA.
-        op, p, ridge, gain, value_ridge, value_gain, decay, conv_size, feature_map, qk_norm, normalize, output_norm,
-            output_gate: of the HLA layers, see `hla.HigherOrderLinearAttention`.
+        op, order, nodes, write_gate, p, ridge, gain, value_ridge, value_gain, decay, conv_size, feature_map, qk_norm,
+            normalize, output_norm, output_gate: of the HLA layers, see `hla.HigherOrderLinearAttention`.
+        config_version: which defaults a saved configuration was written with. It is saved, with every field of this
+            class, so that a model keeps its meaning when defaults change; one that a newer release wrote is refused.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -78,12 +88,15 @@ class HLAConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] = None  # type: ignore[assignment]
     use_rope: bool = False
     layer_types: list[str] = None  # type: ignore[assignment]
-    op: str = "hla2"
+    op: str = "hla_q"
+    order: int = 4
+    nodes: str = "head"
+    write_gate: bool | None = None
     p: str = "k"
-    ridge: float | str = "delta"
-    gain: float | str = "delta"
-    value_ridge: float | str = "delta"
-    value_gain: float | str = "delta"
+    ridge: float | str | None = None
+    gain: float | str | None = None
+    value_ridge: float | str | None = None
+    value_gain: float | str | None = None
     decay: str = "none"
     conv_size: int = 4
     feature_map: str = "silu"
@@ -91,6 +104,7 @@ class HLAConfig(PreTrainedConfig):
     normalize: bool = False
     output_norm: bool = True
     output_gate: bool = True
+    config_version: int = CONFIG_VERSION
 
     def __post_init__(self, **kwargs: Any):
         _check_unknown(kwargs)
@@ -104,16 +118,35 @@ class HLAConfig(PreTrainedConfig):
             self.head_v_dim = self.head_dim
         if self.intermediate_size is None:
             self.intermediate_size = -(-self.hidden_size * 8 // (3 * 64)) * 64
+        # What None stands for is written down, so that a saved configuration says it.
+        for name in coefficient_names(self.op):
+            if getattr(self, name) is None:
+                setattr(self, name, default_coefficient(self.op))
+        if self.write_gate is None:
+            self.write_gate = self.op == "hla_q"
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
         super().__post_init__(**kwargs)
         self._check()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a dictionary, of any version so far."""
+        if "config_version" not in config_dict:
+            config_dict = {**VERSION_1, **config_dict, "config_version": CONFIG_VERSION}
+        return super().from_dict(config_dict, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: every field of this class, whatever its default, beside transformers' own differences."""
+        inherited = {field.name for field in fields(PreTrainedConfig)}
+        own = {x.name: getattr(self, x.name) for x in fields(HLAConfig) if x.name not in inherited}
+        return {**super().to_diff_dict(), **own}
+
     def mixer_arguments(self) -> dict[str, Any]:
         """The arguments of `hla.HigherOrderLinearAttention` for the HLA layers of this model."""
         same_names = (
-            "head_dim", "head_v_dim", "op", "p", "ridge", "gain", "value_ridge", "value_gain", "decay", "conv_size",
-            "feature_map", "qk_norm", "normalize", "output_norm", "output_gate",
+            "head_dim", "head_v_dim", "op", "order", "nodes", "write_gate", "p", "ridge", "gain", "value_ridge",
+            "value_gain", "decay", "conv_size", "feature_map", "qk_norm", "normalize", "output_norm", "output_gate",
         )  # fmt: skip
         return {
             "hidden_size": self.hidden_size,
@@ -125,6 +158,11 @@ class HLAConfig(PreTrainedConfig):
         }
 
     def _check(self) -> None:
+        if _check_positive_int("config_version", self.config_version) > CONFIG_VERSION:
+            raise ValueError(
+                f"this configuration has config_version {self.config_version}; this release of hla knows up to "
+                f"{CONFIG_VERSION}: a newer one is needed"
+            )
         for name in ("intermediate_size", "max_position_embeddings"):
             _check_positive_int(name, getattr(self, name))
         if self.num_attention_heads % _check_positive_int("num_key_value_heads", self.num_key_value_heads):

@@ -15,9 +15,16 @@ import torch
 from hla.ops import recurrent
 from hla.ops.family import OPS
 from hla.ops.higher_order import compose, one_by_one
+from hla.ops.query_side import compose_query_side
+
+
+def composition(op: str) -> Callable:
+    """The operator as chains of the primitive."""
+    return compose_query_side if op == "hla_q" else compose
+
 
 DISPATCH: dict[tuple[str, str, str], Callable] = {
-    **{(op, "chunk", "torch"): compose for op in OPS},
+    **{(op, "chunk", "torch"): composition(op) for op in OPS},
     **{(op, "recurrent", "torch"): recurrent.loop for op in OPS},
 }
 
@@ -32,6 +39,6 @@ def dispatch(op: str, form: str, backend: str | None, device: torch.device) -> C
         if (op, form, name) in DISPATCH:
             return DISPATCH[op, form, name]
         if form == "chunk" and ("la", form, name) in DISPATCH:
-            return partial(compose, run=partial(one_by_one, la=DISPATCH["la", form, name]))
+            return partial(composition(op), run=partial(one_by_one, la=DISPATCH["la", form, name]))
     known = sorted({b for (o, f, b) in DISPATCH if o in (op, "la") and f == form})
     raise ValueError(f"backend {backend!r} has no {form} form of {op} on {device.type}; available: {', '.join(known)}")

@@ -19,6 +19,7 @@ from hla.ops.state import State, state_class, zeros
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+HLA_Q_ORDER = 4  # the default number of readings of S
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Call:
     initial_state: State | None
     output_final_state: bool
     cu_seqlens: Tensor | None
+    nodes: Tensor | None = None  # of hla_q: [B, T, HQ, order + 1]
 
     def shaping(self, which: str | None) -> tuple[float | Tensor, float | Tensor]:
         """(gain, ridge) of a `Reading`."""
@@ -59,10 +61,11 @@ def check_call(
     order: int | None = None,
     g: Tensor | None = None,
     p: str | Tensor | None = "q",
-    ridge: float | Tensor = 0.0,
+    ridge: float | Tensor | None = None,
     gain: float | Tensor = 1.0,
     value_ridge: float | Tensor = 0.0,
     value_gain: float | Tensor = 1.0,
+    nodes: Tensor | None = None,
     scale: float | None = None,
     normalize: bool = False,
     eps: float = 1e-6,
@@ -77,7 +80,10 @@ def check_call(
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
     order = _check_order(op, order)
-    _refuse_unread(op, p, dict(ridge=ridge, gain=gain), dict(value_ridge=value_ridge, value_gain=value_gain))
+    if ridge is None:  # the operator's default
+        ridge = 1.0 if op == "hla_q" else 0.0
+    values = dict(value_ridge=value_ridge, value_gain=value_gain)
+    _refuse_unread(op, p, dict(ridge=ridge, gain=gain), values, nodes, normalize)
     lead = ("B",) if one_token else ("B", "T")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _tensor(name, x)
@@ -117,6 +123,10 @@ def check_call(
     }
     for name, value in shaping.items():
         shaping[name] = _check_per_token(name, value, p, lead)
+    if op == "hla_q":
+        _check_positive("ridge", shaping["ridge"])
+        assert order is not None
+        nodes = _check_nodes(nodes, order, q)
     scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False; got {normalize!r}")
@@ -131,7 +141,7 @@ def check_call(
         sequences = _check_cu_seqlens(cu_seqlens, q)
     call = Call(
         op, order, q, k, v, g, p, shaping["ridge"], shaping["gain"], shaping["value_ridge"], shaping["value_gain"],
-        scale, normalize, eps, initial_state, output_final_state, cu_seqlens,
+        scale, normalize, eps, initial_state, output_final_state, cu_seqlens, nodes,
     )  # fmt: skip
     if initial_state is not None:
         check_state(call, initial_state, sequences if slots is None else slots, state_name)
@@ -182,13 +192,19 @@ def check_state_indices(indices: Tensor, batch: int, slots: int, device: torch.d
             raise ValueError(f"state_indices must not name a slot twice; got {indices.tolist()}")
 
 
-def _refuse_unread(op: str, p: Any, keys: dict[str, Any], values: dict[str, Any]) -> None:
+def _refuse_unread(op: str, p: Any, keys: dict[str, Any], values: dict[str, Any], nodes: Any, normalize: Any) -> None:
     """An argument that the operator does not read must be left at its default."""
     given = dict(values) if op != "hla3" else {}
-    if op == "linear_attn":
+    if op in ("linear_attn", "hla_q"):
         given |= keys
         if p is not None and not (isinstance(p, str) and p == "q"):
-            raise ValueError("linear_attn has no inner query: p must be left out")
+            raise ValueError(f"{op} has no inner query: p must be left out")
+    if op == "hla_q":
+        del given["ridge"]
+        if normalize:
+            raise ValueError("hla_q is a least-squares read-out and has no normalised form: normalize must be False")
+    elif nodes is not None:
+        raise ValueError(f"{op} does not read nodes: it must be left out")
     for name, x in given.items():
         default = 1.0 if name.endswith("gain") else 0.0
         if not isinstance(x, (int, float)) or x != default:
@@ -198,17 +214,50 @@ def _refuse_unread(op: str, p: Any, keys: dict[str, Any], values: dict[str, Any]
 def _check_order(op: str, order: int | None) -> int | None:
     if op in ("linear_attn", "hla2", "hla3"):
         if order is not None:
-            raise ValueError(f"{op} has no argument order; hla_n and ahla have")
+            raise ValueError(f"{op} has no argument order; hla_n, ahla and hla_q have")
         return None
     if order is None:
         if op == "hla_n":
             raise ValueError("hla_n needs the argument order")
-        return 2
+        return {"ahla": 2, "hla_q": HLA_Q_ORDER}[op]
     if isinstance(order, bool) or not isinstance(order, int):
         raise TypeError(f"order must be an integer; got {order!r}")
     if order < 1:
         raise ValueError(f"order must be at least 1; got {order}")
     return order
+
+
+def _check_positive(name: str, x: float | Tensor) -> None:
+    if isinstance(x, float):
+        bad = x <= 0
+    else:
+        bad = _values_readable(x) and not bool((x > 0).all())
+    if bad:
+        raise ValueError(f"{name} must be positive{'' if isinstance(x, Tensor) else f'; got {x}'}")
+
+
+def _check_nodes(nodes: Tensor | None, order: int, q: Tensor) -> Tensor:
+    """Nodes as ``[B, T, HQ, order + 1]`` (``[B, HQ, order + 1]`` for one token), a view without a copy."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    full = (*q.shape[:-1], order + 1)
+    if nodes is None:
+        return chebyshev_nodes(order).to(q.device, wide).expand(full)
+    _tensor("nodes", nodes)
+    if nodes.dtype not in FLOATS:
+        raise TypeError(f"nodes must be a floating-point tensor; got {nodes.dtype}")
+    _same("device", "nodes", nodes.device, "q", q.device, ValueError)
+    if tuple(nodes.shape) not in (full[-1:], full[-2:], full):
+        shapes = ", ".join(map(str, map(list, (full[-1:], full[-2:], full))))
+        raise ValueError(f"nodes must have one of the shapes {shapes} (order + 1 nodes); got {_shape(nodes)}")
+    if _values_readable(nodes) and not bool(((nodes >= 0) & nodes.isfinite()).all()):
+        raise ValueError("nodes must be finite and >= 0: they are parts of the trace of S")
+    return nodes.to(wide).expand(full)
+
+
+def chebyshev_nodes(order: int) -> Tensor:
+    """The ``order + 1`` nodes of ``[0, 1]``, ``(1 + cos(pi (n + 1/2) / (order + 1))) / 2``, float64, largest first."""
+    n = torch.arange(order + 1, dtype=torch.float64)
+    return 0.5 + 0.5 * torch.cos(math.pi * (n + 0.5) / (order + 1))
 
 
 def _check_p(p: str | Tensor | None, q: Tensor, k: Tensor, lead: tuple[str, ...]) -> Tensor:

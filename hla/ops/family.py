@@ -21,13 +21,16 @@ hla_n odd    the same on W V        (p, k), then as above                       
 ===========  =====================  =============================================  =======================
 
 The state is one moment ``sum keys x^T`` per reading, plus ``S = sum k k^T`` where there are transformed keys.
+
+A third switch transforms the query instead: ``hla_q`` reads S several times, ``q~ = (a polynomial of S_t) q_t``, and
+then P once, as linear_attn does; its state is S, P for any order (see `query_side`).
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-OPS = ("linear_attn", "hla2", "ahla", "hla3", "hla_n")
+OPS = ("linear_attn", "hla2", "ahla", "hla3", "hla_n", "hla_q")
 
 
 class Reading(NamedTuple):
@@ -42,7 +45,7 @@ def readings(op: str, order: int | None) -> list[Reading]:
     """The readings of an operator, first to last."""
     outer = Reading("q", "k")
     outer_transformed = Reading("q", "k~")
-    if op == "linear_attn":
+    if op in ("linear_attn", "hla_q"):
         return [outer]
     if op == "hla2":
         return [outer_transformed]

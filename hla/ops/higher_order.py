@@ -13,11 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hla.ops.checks import Call, check_backend, check_call
+from hla.ops.checks import HLA_Q_ORDER, Call, check_backend, check_call
 from hla.ops.family import readings, transforms_keys
 from hla.ops.layout import Packed
 from hla.ops.linear_attn import CHUNK, Stage, chain, compute_dtype, la
-from hla.ops.state import AHLANState, AHLAState, HLA2State, HLA3State, HLANState, LinearAttnState, State, pack, unpack
+from hla.ops.state import (
+    AHLANState,
+    AHLAState,
+    HLA2State,
+    HLA3State,
+    HLANState,
+    HLAQState,
+    LinearAttnState,
+    State,
+    pack,
+    unpack,
+)
 
 PerToken = float | Tensor
 
@@ -45,8 +56,9 @@ def compose(call: Call, run: Callable = chain) -> tuple[Tensor, State | None]:
             values=values,
             gate=gate,
             gain=f"{shaped_by}.gain" if isinstance(gain, Tensor) else gain * c.scale,
-            ridge=f"{shaped_by}.ridge" if isinstance(ridge, Tensor) else ridge,
-            residual=None if isinstance(ridge, float) and ridge == 0.0 else residual,
+            residuals=()
+            if isinstance(ridge, float) and ridge == 0.0
+            else ((f"{shaped_by}.ridge" if isinstance(ridge, Tensor) else ridge, residual),),
         )
 
     def readings_of(x: str) -> list[Stage]:
@@ -98,20 +110,25 @@ def one_by_one(
     x = {**tensors, **per_token}
     dtype, finals = compute_dtype(*tensors.values()), []
     for s, state in zip(stages, initial_states, strict=True):
-        x[s.out], final = la(
+        ridges = [(x[ridge] if isinstance(ridge, str) else ridge, x[name]) for ridge, name in s.residuals]
+        ridge, residual = ridges[0] if ridges else (0.0, None)
+        y, final = la(
             x[s.query],
             x[s.keys],
             x[s.values],
             None if g is None else s.gate * g,
             gain=x[s.gain] if isinstance(s.gain, str) else s.gain,
-            ridge=x[s.ridge] if isinstance(s.ridge, str) else s.ridge,
-            residual=None if s.residual is None else x[s.residual],
+            ridge=ridge,
+            residual=residual,
             initial_state=state,
             output_final_state=True,
             mode=s.mode,
             cu_seqlens=cu_seqlens,
             out_dtype=outputs.get(s.out, dtype),
         )
+        for ridge, residual in ridges[1:]:
+            y = y + (ridge[..., None] if isinstance(ridge, Tensor) else ridge) * residual
+        x[s.out] = y
         finals.append(final)
     return [x[name] for name in outputs], finals
 
@@ -130,13 +147,15 @@ _ARGS = """
             float16), any strides, HQ a multiple of HKV, any T >= 0, K and V up to 256.
         g: log-decay per token ``[B, T, HKV]``, float32, ``<= 0``; None means no decay.
         scale: factor on every affinity ``q_t . k_j``; None means ``K ** -0.5`` (the paper has 1).
-        normalize: divide by the same operator applied to ``v = 1``, plus eps. That denominator is signed in general and
-            can pass through zero; it is nonnegative when the features, p, gain and ridge are.
-        initial_state: the state to continue from, as returned by an earlier call; None means empty.
+{normalize}        initial_state: the state to continue from, as returned by an earlier call; None means empty.
         output_final_state: also return the state after the last token.
         cu_seqlens: int32 or int64 ``[N + 1]``: N independent sequences packed into one row (B = 1), sequence n being
             tokens ``cu_seqlens[n] .. cu_seqlens[n + 1] - 1``. States then have N rows.
         backend: None chooses by device; "torch" or "triton" by name never falls back.
+"""
+_NORMALIZE = """\
+        normalize: divide by the same operator applied to ``v = 1``, plus eps. That denominator is signed in general
+            and can pass through zero; it is nonnegative when the features, p, gain and ridge are.
 """
 _SHAPING = """        p: inner query: "q", "k", or a tensor ``[B, T, HQ or HKV, K]``.
         gain, ridge: float or per token ``[B, T, heads of p]``, any sign: {shapes}
@@ -150,10 +169,10 @@ _RETURNS = """
     """
 
 
-def _document(shapes: str, state: type, extra: str = "") -> Callable:
+def _document(shapes: str, state: type, extra: str = "", normalize: str = _NORMALIZE) -> Callable:
     def add(function: Callable) -> Callable:
-        shaping = _SHAPING.format(shapes=shapes) if shapes else ""
-        function.__doc__ = (function.__doc__ or "") + _ARGS + shaping + extra + _RETURNS.format(state=state.__name__)
+        arguments = _ARGS.format(normalize=normalize) + (_SHAPING.format(shapes=shapes) if shapes else "") + extra
+        function.__doc__ = (function.__doc__ or "") + arguments + _RETURNS.format(state=state.__name__)
         return function
 
     return add
@@ -349,4 +368,43 @@ def hla_n(
     return _run(
         backend, "hla_n", q, k, v, order=order, g=g, p=p, ridge=ridge, gain=gain, scale=scale, normalize=normalize,
         eps=eps, initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+@_document(
+    "", HLAQState,
+    """        order: readings of S, n >= 1.
+        ridge: lambda > 0, float or per token ``[B, T, HQ]``.
+        nodes: ``[order + 1]``, ``[HQ, order + 1]`` or per token ``[B, T, HQ, order + 1]``, >= 0, in units of the trace
+            of S: the step sizes are ``1 / (ridge + node trace(S_t))``. None means Chebyshev's nodes of [0, 1]. Below
+            half the largest eigenvalue over the trace a single step overshoots.
+""",
+    normalize="",
+)  # fmt: skip
+def hla_q(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    order: int = HLA_Q_ORDER,
+    g: Tensor | None = None,
+    nodes: Tensor | None = None,
+    ridge: PerToken = 1.0,
+    scale: float | None = None,
+    initial_state: HLAQState | None = None,
+    output_final_state: bool = False,
+    cu_seqlens: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, State | None]:
+    """Linear attention whose query went through ``order`` readings of the key moment S.
+
+    ``o_t = scale P_t^T x``, where x approaches ``(S_t + ridge_t I)^{-1} q_t`` by a polynomial of S_t: the read-out of
+    least squares from keys to values. The state is (S, P) for any order (see `hla.ops.query_side`; not in the paper).
+    ``scale`` acts on the last reading alone.
+    """
+    if order is None:
+        raise TypeError("order must be an integer; got None")
+    return _run(
+        backend, "hla_q", q, k, v, order=order, g=g, nodes=nodes, ridge=ridge, scale=scale,
+        initial_state=initial_state, output_final_state=output_final_state, cu_seqlens=cu_seqlens,
     )  # fmt: skip

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,9 +52,10 @@ def no_autocast(x: Tensor) -> torch.autocast:
 
 @dataclass(frozen=True)
 class Stage:
-    """``out = gain * LA(query, keys, values; gate * g) + ridge * residual``; operands are names of tensors.
+    """``out = gain * LA(query, keys, values; gate * g) + sum of ridge * residual``; operands are names of tensors.
 
-    ``gain`` and ``ridge`` are numbers or names of per-token tensors ``[B, T, heads of query]``.
+    ``gain`` and every ``ridge`` of the pairs ``residuals`` are numbers or names of per-token tensors
+    ``[B, T, heads of query]``.
     """
 
     out: str
@@ -63,8 +64,7 @@ class Stage:
     values: str
     gate: int = 1
     gain: float | str = 1.0
-    ridge: float | str = 0.0
-    residual: str | None = None
+    residuals: tuple[tuple[float | str, str], ...] = ()
     mode: str = "inclusive"
 
     def __post_init__(self) -> None:
@@ -102,6 +102,7 @@ def chain(
     flat = [*tensors.values(), *per_token.values(), *initial_states]
     plan = _Plan(
         stages=tuple(stages),
+        moments=_moments(stages, initial_states),
         tensors=tuple(tensors),
         per_token=tuple(per_token),
         outputs=tuple(outputs.items()),
@@ -153,8 +154,7 @@ def la(
         keys=name(k),
         values=name(v),
         gain="gain" if isinstance(gain, Tensor) else gain,
-        ridge="ridge" if isinstance(ridge, Tensor) else ridge,
-        residual=None if residual is None else name(residual),
+        residuals=() if residual is None else (("ridge" if isinstance(ridge, Tensor) else ridge, name(residual)),),
         mode=mode,
     )
     (o,), (final,) = chain(
@@ -169,11 +169,18 @@ def la(
     return o, final if output_final_state else None
 
 
+def _moments(stages: Sequence[Stage], initial_states: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Per stage, the index of the first stage with the same keys, values, decay and initial state."""
+    keys = [(s.keys, s.values, s.gate, s.mode, id(x)) for s, x in zip(stages, initial_states, strict=True)]
+    return tuple(keys.index(key) for key in keys)
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What a chain computes, without the tensors."""
 
     stages: tuple[Stage, ...]
+    moments: tuple[int, ...]  # per stage, the first stage that accumulates the same state
     tensors: tuple[str, ...]
     per_token: tuple[str, ...]
     outputs: tuple[tuple[str, torch.dtype], ...]
@@ -191,7 +198,7 @@ class _Plan:
     def reads(self, stage: int) -> set[str]:
         """Names of the tensors a stage reads."""
         s = self.stages[stage]
-        names = {s.query, s.keys, s.values, s.residual, s.gain, s.ridge}
+        names = {s.query, s.keys, s.values, s.gain, *(x for pair in s.residuals for x in pair)}
         return {name for name in names if isinstance(name, str)}
 
     @property
@@ -268,6 +275,20 @@ class _Shape:
         return self.layout.new_output((self.batch, self.length, *size), self.device, dtype)
 
 
+class _Moment(NamedTuple):
+    """The walk over the states of a stage; ``shared`` with other stages, of which ``first`` is the first."""
+
+    first: int
+    walk: Any
+    shared: bool
+
+
+def _walked(plan: _Plan, shape: _Shape, initial: Sequence[Tensor | None]) -> list[_Moment]:
+    """Per stage its walk in the direction of the forward pass."""
+    walks = {i: shape.layout.walk(shape.state(i, initial[i]), shape.reverse) for i in dict.fromkeys(plan.moments)}
+    return [_Moment(i, walks[i], plan.moments.count(i) > 1) for i in plan.moments]
+
+
 class _Block:
     """One block of chunks at work: named operands ``[B, M, H, C, D]``, per-token numbers ``[B, M, H, C, 1]``."""
 
@@ -280,6 +301,7 @@ class _Block:
         if g is not None:
             self.g = shape.layout.load(g[..., None], first, last, wide(shape.device)).clamp(min=-1000.0)
         self._decays: dict[tuple[int, str], _Decays] = {}
+        self._states: dict[int, Tensor] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.loaded:
@@ -309,18 +331,23 @@ class _Block:
             return scaled(self[stage.query], self[stage.gain]), 1.0
         return self[stage.query], stage.gain
 
-    def states(self, stage: Stage, heads: _Heads, walk: Any) -> Tensor:
-        """The states that enter the chunks of this block."""
+    def states(self, stage: Stage, heads: _Heads, moment: _Moment) -> Tensor:
+        """The states that enter the chunks of this block; computed once for all stages that share the moment."""
+        if moment.first in self._states:
+            return self._states[moment.first]
         w = self.decays(stage)
         written = outer(scaled(self[stage.keys], w.write), self[stage.values], heads.s)
-        return walk.block(written, w.log_rho(heads), self.first, self.last)
+        states = moment.walk.block(written, w.log_rho(heads), self.first, self.last)
+        if moment.shared:
+            self._states[moment.first] = states
+        return states
 
-    def forward(self, stage: Stage, heads: _Heads, walk: Any) -> None:
+    def forward(self, stage: Stage, heads: _Heads, moment: _Moment) -> None:
         w, (q, gain) = self.decays(stage), self.query(stage)
         y = mm(w.mask_(mm(q, self[stage.keys].mT, gain)), self[stage.values])
-        y = add_mm_(y, scaled(q, w.read), self.states(stage, heads, walk), gain)
-        if stage.residual is not None:
-            y = add_(y, scaled(self[stage.residual], self.number(stage.ridge)))
+        y = add_mm_(y, scaled(q, w.read), self.states(stage, heads, moment), gain)
+        for ridge, residual in stage.residuals:
+            y = add_(y, scaled(self[residual], self.number(ridge)))
         self.loaded[stage.out] = y
 
 
@@ -368,18 +395,19 @@ class _Chain(torch.autograd.Function):
         shape = _Shape(plan, tensors, g, cu_seqlens)
         outputs = {name: shape.new(name, dtype) for name, dtype in plan.outputs}
         kept = {name: shape.new(name, shape.dtype) for name in plan.intermediates if plan.differentiable}
-        walks = [shape.layout.walk(shape.state(i, x), shape.reverse) for i, x in enumerate(initial)]
+        moments = _walked(plan, shape, initial)
+        walks = {m.first: m.walk for m in moments}
         entries = []  # the states entering each block, for the backward pass
         for first, last in shape.blocks:
             block = _Block(shape, first, last, g, tensors | per_token)
             if plan.differentiable:
-                entries += [walk.carry for walk in walks]
-            for stage, heads, walk in zip(plan.stages, shape.heads, walks, strict=True):
-                block.forward(stage, heads, walk)
+                entries += [walk.carry for walk in walks.values()]
+            for stage, heads, moment in zip(plan.stages, shape.heads, moments, strict=True):
+                block.forward(stage, heads, moment)
             for name, out in (*outputs.items(), *kept.items()):
                 block.store(out, block[name])
         finish = shape.layout.finish_output
-        finals = [walk.final.clone() for walk in walks]
+        finals = [moment.walk.final.clone() for moment in moments]
         ctx.plan = plan
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cu_seqlens, g, *flat, *map(finish, kept.values()), *finals, *entries)
@@ -421,15 +449,17 @@ def _backward(plan: _Plan, saved, grad_outputs, needed) -> list[Tensor | None]:
     gated = g is not None and needed[0]
     dc = shape.new(g.shape[2], dtype) if gated else None  # of the cumulated decays
     dread = shape.new(g.shape[2], dtype) if gated and any(s.mode == "strict" for s in plan.stages) else None
-    walks = [layout.walk(shape.state(i, x), shape.reverse) for i, x in enumerate(initial)]
+    moments = _walked(plan, shape, initial)
+    walks = {m.first: m.walk for m in moments}
     adjoints = [layout.walk(shape.state(i, x), not shape.reverse) for i, x in enumerate(dfinals)]
 
     for index in range(len(shape.blocks) - 1, -1, -1):
         block = _Block(shape, *shape.blocks[index], g, tensors | per_token | kept)
         sums = _BlockGradients({name: block.load(x) for name, x in douts.items()}, gated)
+        for walk, entry in zip(walks.values(), entries[index * len(walks) :], strict=False):
+            walk.carry = entry
         for i in range(n - 1, -1, -1):
-            walks[i].carry = entries[index * n + i]
-            sums.backward(block, plan.stages[i], shape.heads[i], walks[i], adjoints[i])
+            sums.backward(block, plan.stages[i], shape.heads[i], moments[i], adjoints[i])
             for name in last_read[i]:
                 if name in grads:
                     block.store(grads[name], sums.x.pop(name))
@@ -481,7 +511,7 @@ class _BlockGradients:
     def add(self, name: str, x: Tensor) -> None:
         self.x[name] = self.x[name].add_(x) if name in self.x else x
 
-    def backward(self, block: _Block, stage: Stage, heads: _Heads, walk: Any, adjoint_walk: Any) -> None:
+    def backward(self, block: _Block, stage: Stage, heads: _Heads, moment: _Moment, adjoint_walk: Any) -> None:
         """Adds the gradients of what the stage read. Intermediate results are deleted as soon as they were used."""
         if stage.out in self.x:
             dy = self.x.pop(stage.out)
@@ -492,7 +522,7 @@ class _BlockGradients:
         q, gain = block.query(stage)
         heads_q, heads_k = max(heads.q, heads.g), max(heads.k, heads.g)
 
-        states = block.states(stage, heads, walk)
+        states = block.states(stage, heads, moment)
         dscores = w.mask_(mm(dy, v.mT))
         dq = sum_heads(add_mm_(mm(dscores, k, gain), scaled(dy, w.read), states.mT, gain), heads_q)
         del states
@@ -521,12 +551,10 @@ class _BlockGradients:
             self.add(stage.gain, dot(block[stage.query], dq))
             dq = scaled(dq, block[stage.gain])
         self.add(stage.query, dq)
-        if stage.residual is not None:
-            if isinstance(stage.ridge, str):
-                ridge_heads = block[stage.ridge].shape[2]
-                self.add(stage.ridge, sum_heads(dot(dy, block[stage.residual]), ridge_heads))
-            ridged = scaled(dy, block.number(stage.ridge))
-            self.add(stage.residual, sum_heads(ridged, block[stage.residual].shape[2]))
+        for ridge, residual in stage.residuals:
+            if isinstance(ridge, str):
+                self.add(ridge, sum_heads(dot(dy, block[residual]), block[ridge].shape[2]))
+            self.add(residual, sum_heads(scaled(dy, block.number(ridge)), block[residual].shape[2]))
 
 
 def _add_reading(y: Tensor, x: Tensor, state: Tensor, heads: int) -> Tensor:

@@ -23,23 +23,26 @@ def step(
     order: int | None = None,
     g: Tensor | None = None,
     p: str | Tensor | None = "q",
-    ridge: float | Tensor = 0.0,
+    ridge: float | Tensor | None = None,
     gain: float | Tensor = 1.0,
     scale: float | None = None,
     normalize: bool = False,
     eps: float = 1e-6,
     value_ridge: float | Tensor = 0.0,
     value_gain: float | Tensor = 1.0,
+    nodes: Tensor | None = None,
     out_state: State | None = None,
     state_indices: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """One token of an operator: update the state, then read it. Cost and memory do not depend on the position.
 
     Args:
-        op: "linear_attn", "hla2", "ahla", "hla3" or "hla_n" (with ``order``; ahla's order defaults to 2).
+        op: "linear_attn", "hla2", "ahla", "hla3", "hla_n" or "hla_q"; order: of hla_n, ahla (2) and hla_q (4).
         q: ``[B, HQ, K]``. k: ``[B, HKV, K]``. v: ``[B, HKV, V]``. g: ``[B, HKV]``.
         p: "q", "k" or ``[B, HQ or HKV, K]``.
-        gain, ridge, value_gain, value_ridge: float or ``[B, heads of p]``.
+        gain, ridge, value_gain, value_ridge: float or ``[B, heads of p]``; a ridge of None is the operator's
+            default, 0, or 1 for hla_q.
+        nodes: of hla_q: ``[order + 1]``, ``[HQ, order + 1]`` or ``[B, HQ, order + 1]``.
         state: what an earlier call returned (B rows), or None for the empty state.
         out_state: where the new state is written; it may be ``state`` itself (in place), and is returned.
         state_indices: int ``[B]``: row b of the batch uses row ``state_indices[b]`` of ``state`` and ``out_state``,
@@ -60,7 +63,7 @@ def step(
         slots = next((x.shape[0] for x in held if isinstance(x, Tensor)), 0) if isinstance(held, tuple) else 0
     call = check_call(
         op, q, k, v, order=order, g=g, p=p, ridge=ridge, gain=gain, scale=scale, normalize=normalize, eps=eps,
-        value_ridge=value_ridge, value_gain=value_gain, initial_state=state, one_token=True, slots=slots,
+        value_ridge=value_ridge, value_gain=value_gain, nodes=nodes, initial_state=state, one_token=True, slots=slots,
         state_name="state",
     )  # fmt: skip
     rows = q.shape[0] if slots is None else slots
@@ -112,6 +115,10 @@ def _update(call: Call, state: State) -> tuple[Tensor, State]:
             x = _shape(_read(q if reading.query == "q" else p, moment) * c.scale, x, gain, ridge)
         return x, new
 
+    if c.op == "hla_q":
+        assert S is not None
+        S = _accumulate(S, k, k, decay)
+        q = _query_side(c, q, S)
     o, moments = read(v, moments)
     if c.normalize:
         assert ones is not None
@@ -119,6 +126,18 @@ def _update(call: Call, state: State) -> tuple[Tensor, State]:
         o = o / (denominator + c.eps)
         ones = [x.squeeze(-1) for x in ones]
     return o.to(c.v.dtype), pack(c.op, c.order, S, moments, ones)
+
+
+def _query_side(c: Call, q: Tensor, S: Tensor) -> Tensor:
+    """``x_order`` of `hla.ops.query_side`: towards ``(S + ridge I)^{-1} q``."""
+    assert c.nodes is not None
+    ridge = c.ridge[..., None] if isinstance(c.ridge, Tensor) else c.ridge
+    trace = _to_heads(S.diagonal(dim1=-2, dim2=-1).sum(-1), q.shape[1])
+    theta = [ridge + (node * trace)[..., None] for node in c.nodes.to(q.dtype).unbind(-1)]
+    x = q / theta[0]
+    for t in theta[1:]:
+        x = x + (q - _read(x, S) - ridge * x) / t
+    return x
 
 
 def loop(call: Call) -> tuple[Tensor, State | None]:
@@ -136,7 +155,7 @@ def loop(call: Call) -> tuple[Tensor, State | None]:
             at = lambda x, t=t: x[:, t] if isinstance(x, Tensor) else x  # noqa: E731
             token = Call(
                 c.op, c.order, at(c.q), at(c.k), at(c.v), at(c.g), at(c.p), at(c.ridge), at(c.gain),
-                at(c.value_ridge), at(c.value_gain), c.scale, c.normalize, c.eps, None, True, None,
+                at(c.value_ridge), at(c.value_gain), c.scale, c.normalize, c.eps, None, True, None, at(c.nodes),
             )  # fmt: skip
             o, state = update(token, state)
             outputs.append(o)

@@ -16,6 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hla.ops.checks import HLA_Q_ORDER, chebyshev_nodes
+
 PerToken = float | Tensor
 
 
@@ -119,3 +121,18 @@ def hla_n(q, k, v, *, order, g=None, p="q", ridge=0.0, gain=1.0, scale=None, nor
         return passes[-1](m.q) @ x
 
     return _apply(weights, m.v, normalize, eps)
+
+
+def hla_q(q, k, v, *, order=HLA_Q_ORDER, g=None, nodes=None, ridge=1.0, scale=None) -> Tensor:
+    """``o_t = scale P_t^T x``, x = ``order`` steps towards ``(S_t + ridge_t I)^{-1} q_t`` (see `hla.ops.query_side`).
+
+    ``S_t x_t`` is row t of ``(D * (x k^T)) k``, and ``P_t^T x_t`` row t of ``(D * (x k^T)) v``.
+    """
+    m = _Matrices(q, k, v, g, None, ridge, 1.0, scale)
+    nodes = (chebyshev_nodes(order).to(q) if nodes is None else nodes).expand(*q.shape[:-1], order + 1).transpose(1, 2)
+    trace = m.decay @ m.k.square().sum(-1, keepdim=True)
+    theta = [m.ridge + node * trace for node in nodes.split(1, -1)]
+    x = m.q / theta[0]
+    for t in theta[1:]:
+        x = x + (m.q - (m.decay * (x @ m.k.mT)) @ m.k - m.ridge * x) / t
+    return (m.first_order(x) @ m.v).transpose(1, 2)

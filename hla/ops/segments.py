@@ -5,6 +5,7 @@ empty segment as identity, so sequences can be cut anywhere and put together in 
 parallelism and sequence-split kernels rest on. With ``rho = exp(total g)``, A before B:
 
     hla2:  S = rhoB^2 S_A + S_B,  Z = Z_A + rhoA Z_B,      F = rhoB (F_A + S_A Z_B) + F_B
+    hla_q: S = rhoB S_A + S_B,    P = rhoB P_A + P_B
     ahla:  P = rhoB P_A + P_B,    N = N_A + N_B,           E = rhoB (E_A + N_B P_A) + E_B
     hla3:  S, P as above,         Q = Q_A + rhoA^2 Q_B,    X = X_A + rhoA (X_B + Q_B P_A),  Y = Y_A + Y_B + S_A Q_B,
            F = rhoB (F_A + S_A X_B + Y_B P_A + S_A Q_B P_A) + F_B
@@ -24,7 +25,7 @@ from torch import Tensor
 from hla.ops.checks import Call, check_call
 from hla.ops.layout import wide
 from hla.ops.linear_attn import compute_dtype, la
-from hla.ops.state import AHLAState, HLA2State, HLA3State, LinearAttnState, State
+from hla.ops.state import AHLAState, HLA2State, HLA3State, HLAQState, LinearAttnState, State
 
 
 class LinearAttnSegment(NamedTuple):
@@ -64,7 +65,15 @@ class HLA3Segment(NamedTuple):
     F: Tensor
 
 
-Segment = LinearAttnSegment | HLA2Segment | AHLASegment | HLA3Segment
+class HLAQSegment(NamedTuple):
+    """``S [B, HKV, K, K]`` and ``P [B, HKV, K, V]``, both with gate g."""
+
+    log_decay: Tensor
+    S: Tensor
+    P: Tensor
+
+
+Segment = HLAQSegment | LinearAttnSegment | HLA2Segment | AHLASegment | HLA3Segment
 
 
 def summarize(
@@ -75,15 +84,18 @@ def summarize(
     *,
     g: Tensor | None = None,
     p: str | Tensor | None = "q",
-    ridge: float | Tensor = 0.0,
+    ridge: float | Tensor | None = None,
     gain: float | Tensor = 1.0,
     value_ridge: float | Tensor = 0.0,
     value_gain: float | Tensor = 1.0,
     scale: float | None = None,
 ) -> Segment:
-    """The summary of a segment for "linear_attn", "hla2", "ahla" (order 2) or "hla3"; arguments as for the operator."""
+    """The summary of a segment for "linear_attn", "hla2", "ahla" (order 2), "hla3" or "hla_q".
+
+    Arguments as for the operator; hla_q needs none of ridge, order and nodes, which only shape how its state is read.
+    """
     if op == "hla_n":
-        raise ValueError("segment summaries exist for linear_attn, hla2, ahla and hla3; got 'hla_n'")
+        raise ValueError("segment summaries exist for linear_attn, hla2, ahla, hla3 and hla_q; got 'hla_n'")
     c = check_call(
         op, q, k, v, g=g, p=p, ridge=ridge, gain=gain, value_ridge=value_ridge, value_gain=value_gain, scale=scale
     )
@@ -96,6 +108,8 @@ def summarize(
     total, since_start = total.to(dtype), since_start.to(dtype)
     if op == "linear_attn":
         return LinearAttnSegment(total, _moment(c.k, c.v, until_end))
+    if op == "hla_q":
+        return HLAQSegment(total, _moment(c.k, c.k, until_end), _moment(c.k, c.v, until_end))
     p_gained = _per_token(c.p.to(dtype), c.gain) * c.scale
     if op == "ahla":
         values = _transformed(c, c.v, c.g, c.gain, c.ridge)
@@ -119,6 +133,10 @@ def summarize(
 
 def _combine_linear_attn(a: LinearAttnSegment, b: LinearAttnSegment) -> LinearAttnSegment:
     return LinearAttnSegment(a.log_decay + b.log_decay, _decayed(a.P, b) + b.P)
+
+
+def _combine_hla_q(a: HLAQSegment, b: HLAQSegment) -> HLAQSegment:
+    return HLAQSegment(a.log_decay + b.log_decay, _decayed(a.S, b) + b.S, _decayed(a.P, b) + b.P)
 
 
 def _combine_hla2(a: HLA2Segment, b: HLA2Segment) -> HLA2Segment:
@@ -151,6 +169,7 @@ def _combine_hla3(a: HLA3Segment, b: HLA3Segment) -> HLA3Segment:
 
 _COMBINE: dict[type, Callable[[Any, Any], Any]] = {
     LinearAttnSegment: _combine_linear_attn,
+    HLAQSegment: _combine_hla_q,
     HLA2Segment: _combine_hla2,
     AHLASegment: _combine_ahla,
     HLA3Segment: _combine_hla3,
@@ -175,6 +194,8 @@ def advance(state: State, segment: Segment) -> State:
     b = segment
     if isinstance(state, LinearAttnState) and isinstance(b, LinearAttnSegment):
         return LinearAttnState(_decayed(state.P, b) + b.P)
+    if isinstance(state, HLAQState) and isinstance(b, HLAQSegment):
+        return HLAQState(_decayed(state.S, b) + b.S, _decayed(state.P, b) + b.P)
     if isinstance(state, HLA2State) and isinstance(b, HLA2Segment):
         return HLA2State(_decayed(state.S, b, 2) + b.S, _decayed(state.F + _mm(state.S, b.Z), b) + b.F)
     if isinstance(state, AHLAState) and isinstance(b, AHLASegment):

@@ -68,14 +68,22 @@ class HLANState(NamedTuple):
     n: Tensor | None = None
 
 
-State = LinearAttnState | HLA2State | AHLAState | AHLANState | HLA3State | HLANState
+class HLAQState(NamedTuple):
+    """``S [B, HKV, K, K] = sum k k^T``, ``P [B, HKV, K, V] = sum k v^T``, both with gate g."""
+
+    S: Tensor
+    P: Tensor
+
+
+State = HLAQState | LinearAttnState | HLA2State | AHLAState | AHLANState | HLA3State | HLANState
 
 
 def state_class(op: str, order: int | None = None) -> type:
     """The named tuple that holds the state of an operator."""
     if op == "ahla":
         return AHLAState if order == 2 else AHLANState
-    return {"linear_attn": LinearAttnState, "hla2": HLA2State, "hla3": HLA3State, "hla_n": HLANState}[op]
+    classes = {"linear_attn": LinearAttnState, "hla2": HLA2State, "hla3": HLA3State, "hla_n": HLANState}
+    return {**classes, "hla_q": HLAQState}[op]
 
 
 def _stacked(op: str, order: int | None) -> str | None:
@@ -87,6 +95,8 @@ def _moment_fields(op: str, order: int | None) -> tuple[list[str], list[str]]:
     """Names of the fields that hold one moment each, in the order of the readings; and those of their v = 1 twins."""
     if op == "hla2":
         return ["F"], ["n"]
+    if op == "hla_q":
+        return ["P"], []
     if op == "hla_n":
         return (["P"], ["m"]) if order is not None and order % 2 else ([], [])
     later = {"linear_attn": [], "ahla": ["E"] if order == 2 else [], "hla3": ["F"]}[op]
@@ -152,7 +162,7 @@ def zeros(
     heads = [num_kv_heads] + [hp] * (len(readings(op, order)) - 1)
     if readings(op, order)[0].keys == "k~":
         heads[0] = hp
-    S = new(num_kv_heads, K, K) if transforms_keys(op, order) else None
+    S = new(num_kv_heads, K, K) if transforms_keys(op, order) or op == "hla_q" else None
     ones = [new(h, K) for h in heads] if normalize else None
     return pack(op, order, S, [new(h, K, V) for h in heads], ones)
 

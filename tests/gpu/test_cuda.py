@@ -78,7 +78,7 @@ def test_steps_in_place_inside_a_cuda_graph():
         assert torch.allclose(o, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("op", ["linear_attn", "hla2", "ahla", "hla3"])
+@pytest.mark.parametrize("op", ["linear_attn", "hla2", "ahla", "hla3", "hla_q"])
 def test_a_model_trains_under_autocast_and_generates(op):
     config = hla.HLAConfig(
         vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=2, intermediate_size=128, op=op

@@ -27,6 +27,8 @@ OPERATORS = {
     "hla_n1": ("hla_n", 1),
     "hla_n4": ("hla_n", 4),
     "hla_n5": ("hla_n", 5),
+    "hla_q1": ("hla_q", 1),
+    "hla_q4": ("hla_q", 4),
 }
 
 # What can be varied about a call, as keyword makers: option -> function(rand, B, T, HQ, HKV, K) -> keywords.
@@ -50,11 +52,19 @@ OPTIONS: dict[str, Callable[..., dict[str, Any]]] = {
     "value_ridge,value_gain": lambda r, B, T, HQ, HKV, K: dict(
         value_ridge=0.4, value_gain=r(B, T, HQ), g=-r(B, T, HKV).abs()
     ),
+    "nodes": lambda r, B, T, HQ, HKV, K: dict(nodes=0.3 + r(HQ, 5).abs(), ridge=0.5),
+    "g,nodes,ridge per token": lambda r, B, T, HQ, HKV, K: dict(
+        g=-r(B, T, HKV).abs(), nodes=0.3 + r(B, T, HQ, 5).abs(), ridge=0.3 + r(B, T, HQ).abs()
+    ),
 }
 
 
 def applies(name: str, option: str) -> bool:
     """Whether an operator takes an option."""
+    if "nodes" in option:
+        return name == "hla_q4"
+    if name.startswith("hla_q"):
+        return option in ("plain", "g", "scale")
     if name == "linear_attn":
         return option in ("plain", "g", "scale", "normalize")
     return not option.startswith("value") or name == "hla3"
@@ -104,7 +114,7 @@ class Inputs:
         """The same call on tokens ``start .. end - 1``."""
         part = object.__new__(Inputs)
         part.op, part.order = self.op, self.order
-        cut = lambda x: x[:, start:end] if isinstance(x, Tensor) else x  # noqa: E731
+        cut = lambda x: x[:, start:end] if isinstance(x, Tensor) and x.dim() > 2 else x  # noqa: E731
         part.q, part.k, part.v = cut(self.q), cut(self.k), cut(self.v)
         part.kw = {n: cut(x) for n, x in self.kw.items()}
         return part

@@ -153,7 +153,7 @@ def test_bad_orders_and_variants_are_named(call, error, message):
 
 
 STEPS = [
-    (dict(op="hla4"), ValueError, "op must be one of linear_attn, hla2, ahla, hla3, hla_n; got 'hla4'"),
+    (dict(op="hla4"), ValueError, "op must be one of linear_attn, hla2, ahla, hla3, hla_n, hla_q; got 'hla4'"),
     (dict(q=r(B, 1, HQ, K)), ValueError, r"q must have shape \[B, heads, dim\]"),
     (dict(order=2), ValueError, "hla2 has no argument order"),
     (dict(op="hla_n"), ValueError, "hla_n needs the argument order"),

@@ -83,7 +83,7 @@ def test_prefill_in_pieces_equals_one_pass_equals_token_steps(name, option):
         pieces.append(o)
     for t in (148, 149):
         token = x.tokens(t, t + 1)
-        at = lambda y: y[:, 0] if isinstance(y, Tensor) else y  # noqa: E731
+        at = lambda y: y[:, 0] if isinstance(y, Tensor) and y.dim() > 2 else y  # noqa: E731
         o, state = hla.step(
             x.op, at(token.q), at(token.k), at(token.v), state, **{n: at(y) for n, y in token.kw.items()}
         )
@@ -145,7 +145,8 @@ def test_causality_is_bit_equal(name, option, dtype):
         y = Inputs(name, option, T=140, dtype=dtype)
         y.kw = {n: z.float() if n == "g" else z for n, z in y.kw.items()}
         for z in y.tensors().values():
-            z[:, t:] *= 1.7
+            if z.dim() > 2:  # not what has no time: nodes per head
+                z[:, t:] *= 1.7
         after, _ = y.chunk()
         assert torch.equal(before[:, :t], after[:, :t])
         assert not torch.equal(before[:, t:], after[:, t:])
