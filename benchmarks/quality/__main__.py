@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.measure import say
 from benchmarks.quality.plan import LRS, SEEDS, TRACKS, next_jobs
-from benchmarks.quality.runner import COLUMNS, RESULTS, Workers, append_row, read_rows
+from benchmarks.quality.runner import RESULTS, Workers, append_row, columns, read_rows
 
 
 def main() -> None:
@@ -25,12 +25,12 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", metavar="ARM", help="only these, in this order (default: all)")
     parser.add_argument("--lrs", nargs="+", type=float, default=LRS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="the first one chooses the learning rate")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, help="default: 3000, text: 1500")
     parser.add_argument("--tokens-per-step", type=int, default=8192)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time")
     parser.add_argument("--minutes", type=float, help="start no run that would not end in time")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/quality_TASK.csv")
     args = parser.parse_args()
     entries = TRACKS[args.track]()
     if args.arms:
@@ -40,6 +40,9 @@ def main() -> None:
                 f"track {args.track} has no arm {unknown[0]!r}; it has: {', '.join({e.arm: 0 for e in entries})}"
             )
         entries = [e for a in args.arms for e in entries if e.arm == a]
+    task = entries[0].task
+    args.out = args.out or RESULTS / f"quality_{task}.csv"
+    args.steps = args.steps or {"mqar": 3000, "text": 1500}[task]
     sizes = {"steps": args.steps, "tokens_per_step": args.tokens_per_step}
     deadline = time.perf_counter() + 60 * args.minutes if args.minutes else float("inf")
 
@@ -59,7 +62,7 @@ def main() -> None:
         job, row = workers.get()
         durations.append(time.perf_counter() - running.pop(job.key()))
         append_row(args.out, row)
-        rows.append({**{name: str(row.get(name, "")) for name in COLUMNS}, "key": job.key()})
+        rows.append({**{name: str(row.get(name, "")) for name in columns(task)}, "key": job.key()})
         say(
             f"{time.perf_counter() - begun:6.1f} s  {job.arm:30s} {job.head_dim}/{job.head_v_dim} lr {job.lr:g} "
             f"seed {job.seed}: validation {row.get('validation')} test {row.get('test')} "

@@ -90,6 +90,7 @@ ARMS: dict[str, Arm] = {
     "query 4, short reach": moments(query=4, reach=0.3),
     "query 4, per token": moments(query=4, token_nodes=True, token_ridge=True),
     "query 4, token ridge": moments(query=4, token_ridge=True),
+    "query 4, token ridge, gate": moments(query=4, token_ridge=True, **GATE),
     "query 4, token nodes": moments(query=4, token_nodes=True),
     "query 2, per token, gate": moments(query=2, token_nodes=True, token_ridge=True, **GATE),
     "query 4, per token, gate": moments(query=4, token_nodes=True, token_ridge=True, **GATE),
@@ -108,6 +109,12 @@ ARMS: dict[str, Arm] = {
     "Neumann 3": Arm(mixers.NeumannDeltaRule, {"order": 3}),
     "Neumann 4": Arm(mixers.NeumannDeltaRule, {"order": 4}),
     "Neumann 4, own size": Arm(mixers.NeumannDeltaRule, {"order": 4, "own_size": True}),
+    # The query side as the public layer has it ("query 4, token ridge" is the same mixer in quadratic form).
+    "hla_q": public("hla_q"),
+    "hla_q, gate": public("hla_q", **GATE),
+    "hla_q, token nodes, gate": public("hla_q", nodes="token", ridge="head", **GATE),
+    "hla_q 2": public("hla_q", order=2),
+    "softmax, RoPE": Arm(mixers.Softmax, {"feature_map": "identity", "qk_norm": "rms", "rope_theta": 10_000.0}),
     # k~ normalised, S from keys of its own, orders side by side (half of the heads each).
     "hla2, p=k, |k~|=1": Arm(mixers.NormalisedKeys, {"inner": "k", "norm": "l2"}),
     "hla2, p=k, |k~|=1, identity": Arm(mixers.NormalisedKeys, {"inner": "k", "norm": "l2", **ZERO_MEAN}),

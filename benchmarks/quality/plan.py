@@ -22,9 +22,13 @@ class Entry:
     heads: int = 1
     head_dim: int = 32
     head_v_dim: int = 32
+    hidden_size: int = 64
+    layers: int = 2
+    task: str = "mqar"
 
     def job(self, lr: float, seed: int, **sizes: int) -> Job:
-        return Job(self.track, self.arm, lr, seed, self.heads, self.head_dim, self.head_v_dim, **sizes)
+        same: dict[str, Any] = vars(self)
+        return Job(lr=lr, seed=seed, **same, **sizes)
 
 
 def width_track() -> list[Entry]:
@@ -49,8 +53,23 @@ EQUAL_STATE = {
     "linear": ONE_STATE,
     "overwriting": TWO_WIDE_STATES,
     "GatedDeltaNet, identity": ONE_STATE,
+    "query 4, token nodes": TWO_STATE,
+    "query 4, token ridge": TWO_STATE,
+    "query 4, gate": TWO_STATE,
+    "query 4, token ridge, gate": TWO_STATE,
 }
-TRACKS = {"width": width_track, "state": state_track}
+
+
+def text_track() -> list[Entry]:
+    """Language models of about 4M parameters."""
+    return [Entry("text", arm, 4, 64, 64, 256, 4, "text") for arm in TEXT_ARMS]
+
+
+TEXT_ARMS = (
+    *("softmax, RoPE", "hla_q", "GatedDeltaNet", "hla_q, gate", "linear", "protecting", "hla_q, token nodes, gate"),
+    *("DeltaNet", "linear, gate", "both", "hla_q 2", "hla2"),
+)
+TRACKS = {"width": width_track, "state": state_track, "text": text_track}
 
 
 def next_jobs(

@@ -6,6 +6,7 @@ import csv
 import os
 import queue
 import traceback
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +14,21 @@ import torch
 import torch.multiprocessing as mp
 
 from benchmarks.measure import environment
-from benchmarks.quality.tasks import LONGER, TRAINED, Batch, Recall
-from benchmarks.quality.training import Job, run
+from benchmarks.quality.tasks import Batch
+from benchmarks.quality.training import TASKS, Job, run
 
-RESULTS = Path(__file__).parents[1] / "results" / "quality_mqar.csv"
-COLUMNS = [
-    *("task", "track", "arm", "options", "heads", "head_dim", "head_v_dim", "hidden_size", "layers"),
-    *("lr", "seed", "steps", "tokens_per_step", "parameters", "mixer_parameters", "state_numbers"),
-    *("validation", "test", *(f"test_{n}x{p}" for n, p in TRAINED + LONGER)),
-    *(
-        "finite",
-        "plateau_steps",
-        "seconds",
-        "error",
-        "device",
-        "threads",
-        "torch",
-        "python",
-        "hla",
-        "commit",
-        "date",
-        "curve",
-    ),
-]
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def columns(task: str) -> list[str]:
+    """The columns of a task's results."""
+    return [
+        *("task", "track", "arm", "options", "heads", "head_dim", "head_v_dim", "hidden_size", "layers"),
+        *("lr", "seed", "steps", "tokens_per_step", "parameters", "mixer_parameters", "state_numbers"),
+        *TASKS[task].columns,
+        *("finite", "plateau_steps", "seconds", "error"),
+        *("device", "threads", "torch", "python", "hla", "commit", "date", "curve"),
+    ]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -47,11 +40,9 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         for row in csv.DictReader(file):
             if None in row.values() or None in row:
                 continue
-            job = Job(
-                row["track"], row["arm"], float(row["lr"]), int(row["seed"]),
-                *(int(row[name]) for name in ("heads", "head_dim", "head_v_dim", "hidden_size", "layers")),
-                int(row["steps"]), int(row["tokens_per_step"]),
-            )  # fmt: skip
+            kinds = {field.name: type(field.default) for field in fields(Job)} | {"lr": float, "seed": int}
+            known = {name: kind(row[name]) for name, kind in kinds.items() if kind in (int, float)}
+            job = Job(track=row["track"], arm=row["arm"], task=row["task"], **known)
             rows.append({**row, "key": job.key()})
     return rows
 
@@ -63,7 +54,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         with open(path, "a") as file:
             file.write("\n")  # ends a line that a kill cut off
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns(row["task"]), restval="", lineterminator="\n")
         if new:
             writer.writeheader()
         writer.writerow(row)
@@ -74,11 +65,12 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 def work(device: str, jobs: Any, results: Any) -> None:
     """A worker: takes jobs until it is sent None."""
     torch.set_num_threads(1)
-    data: dict[tuple[int, int, int], tuple[list[int], list[Batch]]] = {}
+    data: dict[Any, tuple[list[int], list[Batch]]] = {}
     while (job := jobs.get()) is not None:
         try:
-            task = Recall(job.tokens_per_step)
-            key = (job.seed, job.steps, job.tokens_per_step)
+            task = TASKS[job.task](job.tokens_per_step)
+            torch.set_float32_matmul_precision(task.precision)
+            key = (job.task, job.seed, job.steps, job.tokens_per_step)
             if key not in data:
                 schedule = task.schedule(job.steps, job.seed)
                 generator = torch.Generator(device).manual_seed(job.seed)
@@ -87,7 +79,7 @@ def work(device: str, jobs: Any, results: Any) -> None:
             row = run(job, batches.__getitem__, schedule, task, device)
         except Exception as error:  # the row says what went wrong; other runs go on
             traceback.print_exc()
-            row = {**vars(job), "task": Recall.name, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+            row = {**vars(job), "error": f"{type(error).__name__}: {error}".splitlines()[0]}
         results.put((job, {**row, **environment(device)}))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from benchmarks.quality.training import Job
 
 VOCABULARY = 8192
 # (length, pairs): trained on, and further than trained.
@@ -65,12 +69,36 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 class Recall:
     """MQAR of mixed lengths: every step has one length and ``tokens_per_step`` tokens; all data are fresh."""
 
-    name, vocabulary = "mqar", VOCABULARY
+    name, precision = "mqar", "highest"
+    columns = ("validation", "test", *(f"test_{n}x{p}" for n, p in TRAINED + LONGER))
     # Steps of each length, out of 10, about as Zoology's numbers of examples have it.
     SHARES = ((64, 3), (128, 1), (256, 6))
 
     def __init__(self, tokens_per_step: int = 8192, validation: int = 128, test: int = 384):
         self.tokens_per_step, self.validation, self.test = tokens_per_step, validation, test
+
+    def build(self, job: Job, build_mixer: Callable[[], nn.Module]) -> nn.Module:
+        from benchmarks.quality.training import Skeleton
+
+        return Skeleton(VOCABULARY, job.hidden_size, build_mixer, job.layers)
+
+    @torch.no_grad()
+    def scores(self, model: nn.Module, device: str) -> dict[str, float]:
+        """Accuracies: their means over the trained and over all settings, and each of the latter."""
+
+        def accuracies(part: str) -> dict[str, float]:
+            hits = {
+                name: (model(batch.tokens, batch.positions).argmax(-1) == batch.targets).float().mean()
+                for name, batch in self.held_out(part, device)
+            }
+            return {name: round(float(x), 4) for name, x in hits.items()}
+
+        validation, test = accuracies("validation"), accuracies("test")
+        return {
+            "validation": round(sum(validation.values()) / len(validation), 4),
+            "test": round(sum(test.values()) / len(test), 4),
+            **{f"test_{name}": x for name, x in test.items()},
+        }
 
     def kinds(self) -> list[int]:
         """Batches of one kind have the same shapes."""

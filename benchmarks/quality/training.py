@@ -16,8 +16,13 @@ from torch.nn import functional as F
 from benchmarks.quality.arms import ARMS
 from benchmarks.quality.mixers import state_numbers
 from benchmarks.quality.tasks import Batch, Recall
+from benchmarks.quality.text import Text
 
 CURVE = 40  # points of a training curve in a row
+
+
+Task = Recall | Text
+TASKS: dict[str, type[Recall] | type[Text]] = {"mqar": Recall, "text": Text}
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Job:
     layers: int = 2
     steps: int = 3000
     tokens_per_step: int = 8192
+    task: str = "mqar"
 
     def key(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -72,16 +78,12 @@ def learning_rate(lr: float, steps: int, warmup: float = 0.1) -> Tensor:
 class Trainer:
     """Trains one model; on a GPU every kind of step is one CUDA graph, captured at its first use."""
 
-    def __init__(self, job: Job, task: Recall, device: str):
-        self.job, self.task, self.device = job, task, device
+    def __init__(self, job: Job, task: Task, device: str):
+        self.job = job
         torch.manual_seed(1000 + job.seed)
         arm = ARMS[job.arm]
-        self.model = Skeleton(
-            task.vocabulary,
-            job.hidden_size,
-            lambda: arm.build(job.hidden_size, job.heads, job.head_dim, job.head_v_dim),
-            job.layers,
-        ).to(device)
+        build_mixer = lambda: arm.build(job.hidden_size, job.heads, job.head_dim, job.head_v_dim)  # noqa: E731
+        self.model = task.build(job, build_mixer).to(device)
         decayed = [m.weight for m in self.model.modules() if isinstance(m, nn.Linear)]
         others = [p for p in self.model.parameters() if not any(p is d for d in decayed)]
         self.on_gpu = device == "cuda"
@@ -137,38 +139,25 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=not self.on_gpu)
         return loss.detach()
 
-    @torch.no_grad()
-    def accuracy(self, part: str) -> dict[str, float]:
-        scores = {}
-        for name, batch in self.task.held_out(part, self.device):
-            hits = (self.model(batch.tokens, batch.positions).argmax(-1) == batch.targets).float().mean()
-            scores[name] = hits
-        return {name: round(float(x), 4) for name, x in scores.items()}
 
-
-def run(job: Job, batches: Callable[[int], Batch], schedule: list[int], task: Recall, device: str) -> dict[str, Any]:
+def run(job: Job, batches: Callable[[int], Batch], schedule: list[int], task: Task, device: str) -> dict[str, Any]:
     """Trains and tests; the row without the environment's columns."""
     start = time.perf_counter()
     trainer = Trainer(job, task, device)
     trainer.train(batches, schedule)
     seconds = time.perf_counter() - start
     losses = trainer.losses.cpu()
-    validation, test = trainer.accuracy("validation"), trainer.accuracy("test")
     width = max(1, job.steps // CURVE)
     curve = [float(x.mean()) for x in losses.split(width)]
     learned = next((i * width for i, x in enumerate(curve) if x < 0.5 * task.chance_loss()), None)
-    mean = lambda scores: round(sum(scores.values()) / len(scores), 4)  # noqa: E731
     return {
         **asdict(job),
-        "task": task.name,
         "options": json.dumps(ARMS[job.arm].options | ({"parts": ARMS[job.arm].parts} if ARMS[job.arm].parts else {})),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "mixer_parameters": sum(p.numel() for p in trainer.model.mixers.parameters()),
         "state_numbers": state_numbers(trainer.model.mixers[0]) or "",
         "finite": bool(losses.isfinite().all()),
-        "validation": mean(validation),
-        "test": mean(test),
-        **{f"test_{name}": x for name, x in test.items()},
+        **task.scores(trainer.model, device),
         "plateau_steps": "" if learned is None else learned,
         "curve": " ".join(f"{x:.3f}" for x in curve),
         "seconds": round(seconds, 2),

@@ -241,7 +241,7 @@ def _check_nodes(nodes: Tensor | None, order: int, q: Tensor) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     full = (*q.shape[:-1], order + 1)
     if nodes is None:
-        return chebyshev_nodes(order).to(q.device, wide).expand(full)
+        return chebyshev_nodes(order, wide, q.device).expand(full)  # made there: no copy waits for a GPU
     _tensor("nodes", nodes)
     if nodes.dtype not in FLOATS:
         raise TypeError(f"nodes must be a floating-point tensor; got {nodes.dtype}")
@@ -254,9 +254,9 @@ def _check_nodes(nodes: Tensor | None, order: int, q: Tensor) -> Tensor:
     return nodes.to(wide).expand(full)
 
 
-def chebyshev_nodes(order: int) -> Tensor:
-    """The ``order + 1`` nodes of ``[0, 1]``, ``(1 + cos(pi (n + 1/2) / (order + 1))) / 2``, float64, largest first."""
-    n = torch.arange(order + 1, dtype=torch.float64)
+def chebyshev_nodes(order: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
+    """The ``order + 1`` nodes of ``[0, 1]``, ``(1 + cos(pi (n + 1/2) / (order + 1))) / 2``, largest first."""
+    n = torch.arange(order + 1, dtype=dtype, device=device)
     return 0.5 + 0.5 * torch.cos(math.pi * (n + 0.5) / (order + 1))
 
 

@@ -129,7 +129,11 @@ def hla_q(q, k, v, *, order=HLA_Q_ORDER, g=None, nodes=None, ridge=1.0, scale=No
     ``S_t x_t`` is row t of ``(D * (x k^T)) k``, and ``P_t^T x_t`` row t of ``(D * (x k^T)) v``.
     """
     m = _Matrices(q, k, v, g, None, ridge, 1.0, scale)
-    nodes = (chebyshev_nodes(order).to(q) if nodes is None else nodes).expand(*q.shape[:-1], order + 1).transpose(1, 2)
+    nodes = (
+        (chebyshev_nodes(order, q.dtype, q.device) if nodes is None else nodes)
+        .expand(*q.shape[:-1], order + 1)
+        .transpose(1, 2)
+    )
     trace = m.decay @ m.k.square().sum(-1, keepdim=True)
     theta = [m.ridge + node * trace for node in nodes.split(1, -1)]
     x = m.q / theta[0]
