@@ -106,7 +106,7 @@ class HigherOrderLinearAttention(nn.Module):
         norm_eps: of all normalisations.
         backend: of the operator; None chooses by device.
 
-    The published operator is ``HigherOrderLinearAttention(..., p="q", ridge=0, gain=1)``.
+    The published operator is ``HigherOrderLinearAttention(..., op="hla2", p="q", ridge=0, gain=1, decay="none")``.
 
     Raises:
         ValueError, TypeError: naming the argument, see `check_arguments`.
@@ -129,7 +129,7 @@ class HigherOrderLinearAttention(nn.Module):
         gain: float | str | None = None,
         value_ridge: float | str | None = None,
         value_gain: float | str | None = None,
-        decay: str = "none",
+        decay: str = "token",
         conv_size: int = 4,
         rope_theta: float | None = None,
         feature_map: str = "silu",

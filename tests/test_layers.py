@@ -13,7 +13,7 @@ from hla.layers import HigherOrderLinearAttention, LayerState, state_tensors
 from hla.rotary import apply_rope, rope_cos_sin
 
 HIDDEN = 24
-PAPER = {"p": "q", "ridge": 0.0, "gain": 1.0, "value_ridge": 0.0, "value_gain": 1.0}
+PAPER = {"decay": "none", "p": "q", "ridge": 0.0, "gain": 1.0, "value_ridge": 0.0, "value_gain": 1.0}
 
 # One entry per option (or pair that could interact); every operator, inner query, coefficient, decay and norm occurs.
 OPTIONS = {
@@ -304,7 +304,7 @@ def test_query_side_reads_what_least_squares_would(nodes):
     b = torch.sigmoid(layer.write_proj(x))
     ridge = (layer.ridge_head + layer.ridge_proj(x)).exp()
     if nodes == "chebyshev":
-        node = 0.5 + 0.5 * torch.cos(math.pi * (torch.arange(4, dtype=torch.float64) + 0.5) / 4)
+        node = 0.5 - 0.5 * torch.cos(math.pi * (torch.arange(4, dtype=torch.float64) + 0.5) / 4)
     else:
         layer.node_logits += torch.rand_like(layer.node_logits)
         node = torch.sigmoid(layer.node_logits + (layer.node_proj(x)[..., None] if nodes == "token" else 0.0))
@@ -355,7 +355,7 @@ def test_start_values():
     close(layer.log_b, torch.full((2,), -3.0))
     query_side = make_layer(torch.float32, order=1)
     close(query_side.ridge_head, torch.zeros(4))
-    close(torch.sigmoid(query_side.node_logits), torch.tensor([[0.8535534, 0.1464466]]).expand(4, 2), 1e-6)
+    close(torch.sigmoid(query_side.node_logits), torch.tensor([[0.1464466, 0.8535534]]).expand(4, 2), 1e-6)
     close(layer.ridge_head, torch.ones(2))
     close(layer.gain_head, torch.full((2,), math.exp(-3)), 1e-6)
     dt = F.softplus(layer.dt_bias)

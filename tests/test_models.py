@@ -279,13 +279,14 @@ def test_what_a_checkpoint_lacks_starts_as_in_a_fresh_model(tmp_path):
     assert bool(((mixer.A_log >= 0) & (mixer.A_log <= 2.8)).all() and (mixer.dt_bias < -2).all())
 
 
-def test_low_precision_loading_keeps_time_scales(tmp_path):
-    model = make_model(torch.float32, decay="token")
+@pytest.mark.parametrize("names", [("A_log", "dt_bias", "ridge_head", "node_logits"), ("log_b",)])
+def test_low_precision_loading_keeps_time_scales(tmp_path, names):
+    model = make_model(torch.float32, op="hla2" if "log_b" in names else "hla_q")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
     mixer, original = loaded.model.layers[0].mixer, model.model.layers[0].mixer
     assert loaded.lm_head.weight.dtype == mixer.qkv_proj.weight.dtype == torch.bfloat16
-    for name in ("A_log", "dt_bias", "log_b"):
+    for name in names:
         assert torch.equal(getattr(mixer, name), getattr(original, name))
     loaded(random_ids(1, 5), labels=random_ids(1, 5)).loss.backward()
 
@@ -384,7 +385,7 @@ BAD = [
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}, "use_rope": True}, ValueError, "rope_theta"),
     ({"head_dim": 5, "layer_types": ["full_attention"] * 2}, ValueError, "head_dim"),
     ({"op": "gla"}, ValueError, "op must"),
-    ({"p": "q"}, ValueError, 'p = "k"'),
+    ({"op": "hla2", "p": "q"}, ValueError, 'p = "k"'),
     ({"ridge": "channel"}, ValueError, "ridge"),
     ({"op": "hla2", "gain": 1.0}, ValueError, "ridge and gain"),
     ({"decay": "scalar"}, ValueError, "decay"),
@@ -403,3 +404,23 @@ def test_bad_configurations_are_named(bad, error, named):
     HLAConfig(**good)
     with pytest.raises(error, match=named):
         HLAConfig(**{**good, **bad})
+
+
+def test_saved_configurations_keep_their_meaning_when_defaults_change(tmp_path):
+    sizes = {"model_type": "hla", "vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2}
+    first = HLAConfig.from_dict({**sizes, "num_attention_heads": 4})  # of version 1, which saved no defaults
+    assert (first.op, first.p, first.ridge, first.gain, first.decay, first.write_gate) == (
+        "hla2", "k", "delta", "delta", "none", False,
+    )  # fmt: skip
+    assert HLAConfig.from_dict({**sizes, "num_attention_heads": 4, "decay": "fixed"}).decay == "fixed"
+    now = HLAConfig(**{n: x for n, x in sizes.items() if n != "model_type"}, num_attention_heads=4)
+    assert (now.op, now.ridge, now.write_gate, now.config_version) == ("hla_q", "token", True, 2)
+    for config in (first, now):
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert {"op", "order", "nodes", "decay", "ridge", "write_gate", "config_version"} <= set(saved)
+        assert HLAConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    saved["config_version"] = 3
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="config_version 3.*newer"):
+        HLAConfig.from_pretrained(tmp_path)

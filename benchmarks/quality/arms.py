@@ -31,7 +31,7 @@ class Arm:
 
 
 def public(op: str, **options: Any) -> Arm:
-    return Arm(options={"op": op, **options})
+    return Arm(options={"op": op, "decay": "none", **options})
 
 
 def moments(**options: Any) -> Arm:

@@ -39,7 +39,7 @@ class QuadraticMixer(HigherOrderLinearAttention):
     """The public layer with ``mix(q, k, v, decay, **coefficients)`` (all ``[B, H, T, D]``) as its operator."""
 
     def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, op="linear_attn", **options)
+        super().__init__(*args, op="linear_attn", **{"decay": "none", **options})
 
     def _coefficients(self, hidden_states: Tensor, k: Tensor) -> dict[str, Any]:
         return self.coefficients_of(hidden_states)
@@ -329,7 +329,7 @@ class WriteGated(HigherOrderLinearAttention):
     """
 
     def __init__(self, *args: Any, keys: bool = True, own_size: bool = False, **options: Any):
-        super().__init__(*args, **options)
+        super().__init__(*args, **{"decay": "none", **options})
         self.beta_proj = nn.Linear(self.hidden_size, self.num_kv_heads, bias=False)
         self.keys, self.own_size = keys, own_size
         if own_size:

@@ -32,7 +32,7 @@ CONFIG_VERSION = 2
 # Version 1 saved no version, and left out the fields that had these values.
 VERSION_1 = {
     "op": "hla2", "p": "k", "ridge": "delta", "gain": "delta", "value_ridge": "delta", "value_gain": "delta",
-    "write_gate": False,
+    "write_gate": False, "decay": "none",
 }  # fmt: skip
 
 
@@ -97,7 +97,7 @@ class HLAConfig(PreTrainedConfig):
     gain: float | str | None = None
     value_ridge: float | str | None = None
     value_gain: float | str | None = None
-    decay: str = "none"
+    decay: str = "token"
     conv_size: int = 4
     feature_map: str = "silu"
     qk_norm: str = "l2"

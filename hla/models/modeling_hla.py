@@ -174,8 +174,8 @@ class HLAPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _is_stateful = True
-    # Few numbers that set time scales: rounding them to bfloat16 would move every decay by up to 0.4%.
-    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "log_b"}
+    # Few numbers that set time scales and step sizes: rounded to bfloat16 they would be off by up to 0.4%.
+    _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "log_b", "node_logits", "ridge_head"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -255,9 +255,13 @@ def _check_nodes(nodes: Tensor | None, order: int, q: Tensor) -> Tensor:
 
 
 def chebyshev_nodes(order: int, dtype: torch.dtype = torch.float64, device: torch.device | None = None) -> Tensor:
-    """The ``order + 1`` nodes of ``[0, 1]``, ``(1 + cos(pi (n + 1/2) / (order + 1))) / 2``, largest first."""
+    """The ``order + 1`` nodes of ``[0, 1]``, ``(1 - cos(pi (n + 1/2) / (order + 1))) / 2``, smallest first.
+
+    The order of the steps changes rounding only: long steps (small nodes) magnify what came before them, so they come
+    first. Largest first, the rounding errors of order 8 are some 30 times as large.
+    """
     n = torch.arange(order + 1, dtype=dtype, device=device)
-    return 0.5 + 0.5 * torch.cos(math.pi * (n + 0.5) / (order + 1))
+    return 0.5 - 0.5 * torch.cos(math.pi * (n + 0.5) / (order + 1))
 
 
 def _check_p(p: str | Tensor | None, q: Tensor, k: Tensor, lead: tuple[str, ...]) -> Tensor:
