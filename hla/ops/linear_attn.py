@@ -283,10 +283,21 @@ class _Moment(NamedTuple):
     shared: bool
 
 
-def _walked(plan: _Plan, shape: _Shape, initial: Sequence[Tensor | None]) -> list[_Moment]:
-    """Per stage its walk in the direction of the forward pass."""
-    walks = {i: shape.layout.walk(shape.state(i, initial[i]), shape.reverse) for i in dict.fromkeys(plan.moments)}
+def _walked(plan: _Plan, shape: _Shape, initial: Sequence[Tensor | None], backward: bool = False) -> list[_Moment]:
+    """Per stage its walk in the direction of the forward pass, or of the backward pass."""
+    reverse = shape.reverse != backward
+    walks = {i: shape.layout.walk(shape.state(i, initial[i]), reverse) for i in dict.fromkeys(plan.moments)}
     return [_Moment(i, walks[i], plan.moments.count(i) > 1) for i in plan.moments]
+
+
+def _sum_shared(plan: _Plan, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Per stage the gradient of its final state; of a shared moment the sum, for its first stage alone."""
+    sums: list[Tensor | None] = [None] * len(gradients)
+    for first, x in zip(plan.moments, gradients, strict=True):
+        if x is not None:
+            known = sums[first]
+            sums[first] = x if known is None else known + x
+    return sums
 
 
 class _Block:
@@ -451,7 +462,7 @@ def _backward(plan: _Plan, saved, grad_outputs, needed) -> list[Tensor | None]:
     dread = shape.new(g.shape[2], dtype) if gated and any(s.mode == "strict" for s in plan.stages) else None
     moments = _walked(plan, shape, initial)
     walks = {m.first: m.walk for m in moments}
-    adjoints = [layout.walk(shape.state(i, x), not shape.reverse) for i, x in enumerate(dfinals)]
+    adjoints = _walked(plan, shape, _sum_shared(plan, dfinals), backward=True)
 
     for index in range(len(shape.blocks) - 1, -1, -1):
         block = _Block(shape, *shape.blocks[index], g, tensors | per_token | kept)
@@ -459,7 +470,7 @@ def _backward(plan: _Plan, saved, grad_outputs, needed) -> list[Tensor | None]:
         for walk, entry in zip(walks.values(), entries[index * len(walks) :], strict=False):
             walk.carry = entry
         for i in range(n - 1, -1, -1):
-            sums.backward(block, plan.stages[i], shape.heads[i], moments[i], adjoints[i])
+            sums.backward(block, i, plan.stages[i], shape.heads[i], moments[i], adjoints[i])
             for name in last_read[i]:
                 if name in grads:
                     block.store(grads[name], sums.x.pop(name))
@@ -483,8 +494,8 @@ def _backward(plan: _Plan, saved, grad_outputs, needed) -> list[Tensor | None]:
         *(results.get(name) for name in plan.tensors),
         *(results[name][..., 0].to(x.dtype) if name in results else None for name, x in per_token.items()),
         *(
-            walk.final.to(x.dtype) if need else None
-            for walk, x, need in zip(adjoints, initial, need_initial, strict=True)
+            adjoint.walk.final.to(x.dtype) if need and adjoint.first == i else None
+            for i, (adjoint, x, need) in enumerate(zip(adjoints, initial, need_initial, strict=True))
         ),
     ]
 
@@ -493,7 +504,10 @@ def _at_ends(plan: _Plan, shape: _Shape, initial, finals, dfinals, adjoints) -> 
     """c at the right-hand end also scales the state there: the final one, or the initial one if reversed."""
     total = None
     for i, (stage, heads) in enumerate(zip(plan.stages, shape.heads, strict=True)):
-        state, dstate = (initial[i], adjoints[i].final) if shape.reverse else (finals[i], dfinals[i])
+        if shape.reverse:  # (of a shared moment, counted once)
+            state, dstate = (initial[i], adjoints[i].walk.final) if adjoints[i].first == i else (None, None)
+        else:
+            state, dstate = finals[i], dfinals[i]
         if state is not None and dstate is not None:
             x = stage.gate * (state * dstate).sum((-1, -2)).unflatten(1, (heads.g, heads.s // heads.g)).sum(-1)
             total = x if total is None else total + x
@@ -507,12 +521,18 @@ class _BlockGradients:
         self.x, self.gated = douts, gated
         self.c: Any = 0.0
         self.read: Any = 0.0
+        self.shared: dict[int, Tensor] = {}
 
     def add(self, name: str, x: Tensor) -> None:
         self.x[name] = self.x[name].add_(x) if name in self.x else x
 
-    def backward(self, block: _Block, stage: Stage, heads: _Heads, moment: _Moment, adjoint_walk: Any) -> None:
-        """Adds the gradients of what the stage read. Intermediate results are deleted as soon as they were used."""
+    def backward(
+        self, block: _Block, index: int, stage: Stage, heads: _Heads, moment: _Moment, adjoint: _Moment
+    ) -> None:
+        """Adds the gradients of what the stage read. Intermediate results are deleted as soon as they were used.
+
+        What stages with a shared moment put into its adjoint is added up and read once, at the first of them.
+        """
         if stage.out in self.x:
             dy = self.x.pop(stage.out)
         else:
@@ -530,18 +550,31 @@ class _BlockGradients:
         del dscores
         dv = tmm(w.mask_(mm(q, k.mT, gain)), dy, heads.v)
         read = outer(scaled(q, w.read), dy, heads.s, gain)
-        adjoint = adjoint_walk.block(read, w.log_rho(heads), block.first, block.last)
-        del read
-        written = scaled(k, w.write)
-        if k is v and not self.gated:  # keys that are their own values: both adjoint readings in one product
-            dk = _add_reading(add_(dk, dv), written, adjoint + adjoint.mT, heads_k)
+        twin = k is v  # keys that are their own values: both roles have one gradient
+        if twin:
+            dk = add_(dk, dv)
+        if moment.first in self.shared:
+            read = read.add_(self.shared.pop(moment.first))
+        if moment.shared and index != moment.first:
+            self.shared[moment.first] = read
         else:
-            dk = _add_reading(dk, written if k is v else scaled(v, w.write), adjoint.mT, heads_k)
-            self.add(stage.values, _add_reading(dv, written, adjoint, heads.v))
-        del adjoint, written, dv
+            entering = adjoint.walk.block(read, w.log_rho(heads), block.first, block.last)
+            written = scaled(k, w.write)
+            if twin:
+                dk = _add_reading(dk, written, entering + entering.mT, heads_k)
+            else:
+                dk = _add_reading(dk, scaled(v, w.write), entering.mT, heads_k)
+                dv = _add_reading(dv, written, entering, heads.v)
+            del entering, written
+        del read
+        if not twin:
+            self.add(stage.values, dv)
+        del dv
 
         if self.gated:
+            # Of a twin, k . dk is the same in both roles.
             from_q, from_k = sum_heads(dot(q, dq), heads.g), sum_heads(dot(k, dk), heads.g)
+            from_k = 0.5 * from_k if twin else from_k
             self.c = self.c + stage.gate * (from_k - from_q if stage.mode == "reversed" else from_q - from_k)
             if stage.mode == "strict":
                 self.read = self.read + stage.gate * from_q
