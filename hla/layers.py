@@ -98,7 +98,7 @@ class HigherOrderLinearAttention(nn.Module):
         rope_theta: base of rotary position embeddings of q, k and p; None leaves them out.
         feature_map: of q, k and p: ``"silu"``, ``"relu"``, ``"elu1"`` (elu + 1) or ``"identity"``.
         qk_norm: of q, k and p per head: ``"l2"``, ``"rms"`` or ``"none"``.
-        scale: of every affinity; None means ``head_dim ** -0.5``.
+        scale: of every affinity; None means ``head_dim ** -0.5``, and 1 for hla_q.
         normalize: divide by the operator applied to ones.
         output_norm: RMS norm of each head's output.
         output_gate: multiply by silu of a projection of the input.
@@ -158,7 +158,8 @@ class HigherOrderLinearAttention(nn.Module):
         self.coefficients = {name: default_coefficient(op) if x is None else x for name, x in given.items()}
         self.conv_size, self.rope_theta = conv_size, rope_theta
         self.feature_map, self.qk_norm = feature_map, qk_norm
-        self.scale = self.head_dim**-0.5 if scale is None else float(scale)
+        # What least squares reads has the size of v; a sum of products wants to be scaled.
+        self.scale = float(scale or (1.0 if op == "hla_q" else self.head_dim**-0.5))
         self.normalize, self.norm_eps, self.backend = normalize, norm_eps, backend
 
         # Columns of the fused projection: q, k, v and, if it has a projection of its own, p.

@@ -321,7 +321,7 @@ def test_query_side_reads_what_least_squares_would(nodes):
             y = torch.zeros(6, dtype=torch.float64)
             for m in node[0, t, h]:
                 y = y + (q[0, t, h] - A @ y) / (ridge[0, t, h] + m * S.trace())
-            o[0, t, h] = 6**-0.5 * P.T @ y
+            o[0, t, h] = P.T @ y
     close(layer(x)[0], layer.o_proj(o.flatten(2)))
 
 

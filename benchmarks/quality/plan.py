@@ -27,8 +27,8 @@ class Entry:
     task: str = "mqar"
 
     def job(self, lr: float, seed: int, **sizes: int) -> Job:
-        same: dict[str, Any] = vars(self)
-        return Job(lr=lr, seed=seed, **same, **sizes)
+        values: dict[str, Any] = vars(self) | sizes
+        return Job(lr=lr, seed=seed, **values)
 
 
 def width_track() -> list[Entry]:
@@ -56,7 +56,7 @@ EQUAL_STATE = {
     "query 4, token nodes": TWO_STATE,
     "query 4, token ridge": TWO_STATE,
     "query 4, gate": TWO_STATE,
-    "query 4, token ridge, gate": TWO_STATE,
+    "hla_q, gate": TWO_STATE,
 }
 
 

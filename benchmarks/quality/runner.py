@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import queue
 import traceback
@@ -36,26 +37,29 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            if None in row.values() or None in row:
-                continue
-            kinds = {field.name: type(field.default) for field in fields(Job)} | {"lr": float, "seed": int}
-            known = {name: kind(row[name]) for name, kind in kinds.items() if kind in (int, float)}
-            job = Job(track=row["track"], arm=row["arm"], task=row["task"], **known)
-            rows.append({**row, "key": job.key()})
+    content = path.read_bytes()
+    for row in csv.DictReader(io.StringIO(content[: whole_lines(content)].decode(), newline="")):
+        if None in row.values() or None in row:
+            continue
+        kinds = {field.name: type(field.default) for field in fields(Job)} | {"lr": float, "seed": int}
+        known = {name: kind(row[name]) for name, kind in kinds.items() if kind in (int, float)}
+        job = Job(track=row["track"], arm=row["arm"], task=row["task"], **known)
+        rows.append({**row, "key": job.key()})
     return rows
+
+
+def whole_lines(content: bytes) -> int:
+    """The length of a file without a last line that a kill cut off, however much of it there is."""
+    return content.rfind(b"\n") + 1
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    if not new and not path.read_bytes().endswith(b"\n"):
-        with open(path, "a") as file:
-            file.write("\n")  # ends a line that a kill cut off
+    length = whole_lines(path.read_bytes()) if path.exists() else 0
     with open(path, "a", newline="") as file:
+        file.truncate(length)  # half a line, perhaps within quotes, would take the next one with it
         writer = csv.DictWriter(file, columns(row["task"]), restval="", lineterminator="\n")
-        if new:
+        if not length:
             writer.writeheader()
         writer.writerow(row)
         file.flush()

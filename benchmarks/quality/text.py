@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ def load_corpus(cache: Path = CACHE) -> dict[str, np.ndarray]:
     if not cache.exists():
         split = split_documents(read_documents())
         tokenizer = build_tokenizer("bpe", VOCABULARY, split.train)
-        arrays = {
+        arrays: dict[str, Any] = {
             "training": encode_documents(tokenizer, split.train).tokens,
             "held_out": encode_documents(tokenizer, split.held_out).tokens,
             "bytes": np.array([len(b) for b in token_bytes(tokenizer)], np.int64),

@@ -150,12 +150,13 @@ def run(job: Job, batches: Callable[[int], Batch], schedule: list[int], task: Ta
     width = max(1, job.steps // CURVE)
     curve = [float(x.mean()) for x in losses.split(width)]
     learned = next((i * width for i, x in enumerate(curve) if x < 0.5 * task.chance_loss()), None)
+    layers: Any = trainer.model.mixers
     return {
         **asdict(job),
         "options": json.dumps(ARMS[job.arm].options | ({"parts": ARMS[job.arm].parts} if ARMS[job.arm].parts else {})),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "mixer_parameters": sum(p.numel() for p in trainer.model.mixers.parameters()),
-        "state_numbers": state_numbers(trainer.model.mixers[0]) or "",
+        "mixer_parameters": sum(p.numel() for p in layers.parameters()),
+        "state_numbers": state_numbers(layers[0]) or "",
         "finite": bool(losses.isfinite().all()),
         **task.scores(trainer.model, device),
         "plateau_steps": "" if learned is None else learned,

@@ -127,7 +127,10 @@ def check_call(
         _check_positive("ridge", shaping["ridge"])
         assert order is not None
         nodes = _check_nodes(nodes, order, q)
-    scale = q.shape[-1] ** -0.5 if scale is None else _number("scale", scale)
+    if scale is None:
+        # What least squares reads has the size of v; a sum of products wants to be scaled.
+        scale = 1.0 if op == "hla_q" else q.shape[-1] ** -0.5
+    scale = _number("scale", scale)
     if not isinstance(normalize, bool):
         raise TypeError(f"normalize must be True or False; got {normalize!r}")
     eps = _number("eps", eps)

@@ -400,7 +400,7 @@ def hla_q(
 
     ``o_t = scale P_t^T x``, where x approaches ``(S_t + ridge_t I)^{-1} q_t`` by a polynomial of S_t: the read-out of
     least squares from keys to values. The state is (S, P) for any order (see `hla.ops.query_side`; not in the paper).
-    ``scale`` acts on the last reading alone.
+    ``scale`` acts on the last reading alone; None means 1 here, for what least squares reads has the size of v.
     """
     if order is None:
         raise TypeError("order must be an integer; got None")

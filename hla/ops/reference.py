@@ -128,7 +128,7 @@ def hla_q(q, k, v, *, order=HLA_Q_ORDER, g=None, nodes=None, ridge=1.0, scale=No
 
     ``S_t x_t`` is row t of ``(D * (x k^T)) k``, and ``P_t^T x_t`` row t of ``(D * (x k^T)) v``.
     """
-    m = _Matrices(q, k, v, g, None, ridge, 1.0, scale)
+    m = _Matrices(q, k, v, g, None, ridge, 1.0, 1.0 if scale is None else scale)
     nodes = (
         (chebyshev_nodes(order, q.dtype, q.device) if nodes is None else nodes)
         .expand(*q.shape[:-1], order + 1)
