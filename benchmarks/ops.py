@@ -23,15 +23,9 @@ from benchmarks.measure import environment, interleaved_medians, peak_bytes, say
 BASELINE = "sdpa"
 
 
-def default_form(q: Tensor, k: Tensor, v: Tensor, b: Tensor, scale: float) -> Tensor:
-    """hla2 as the layer uses it: p = k, ``gain = -b / scale``, ``ridge = 1 + b |k|^2`` (with |k| = 1)."""
-    return hla.hla2(q, k, v, p="k", gain=-b / scale, ridge=1 + b, scale=scale)[0]
-
-
 def mixers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
     """What is compared: name -> function of nothing, on the same inputs ``[B, T, H, D]``."""
-    b = torch.full(q.shape[:3], 0.02, dtype=torch.float32, device=q.device)
-    scale = q.shape[-1] ** -0.5
+    per_token = torch.full(q.shape[:3], 0.02, dtype=torch.float32, device=q.device)
 
     def softmax() -> Tensor:
         heads_first = (x.transpose(1, 2) for x in (q, k, v))
@@ -41,7 +35,7 @@ def mixers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
         BASELINE: softmax,
         "linear_attn": lambda: hla.linear_attn(q, k, v)[0],
         "hla2": lambda: hla.hla2(q, k, v)[0],
-        "hla2 default form": lambda: default_form(q, k, v, b, scale),
+        "hla_q default form": lambda: hla.hla_q(q, k, v, g=-per_token, ridge=1 + per_token)[0],  # as in the layer
         "ahla": lambda: hla.ahla(q, k, v)[0],
         "hla3": lambda: hla.hla3(q, k, v)[0],
     }

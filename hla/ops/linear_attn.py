@@ -550,7 +550,7 @@ class _BlockGradients:
         del dscores
         dv = tmm(w.mask_(mm(q, k.mT, gain)), dy, heads.v)
         read = outer(scaled(q, w.read), dy, heads.s, gain)
-        twin = k is v  # keys that are their own values: both roles have one gradient
+        twin = k is v and heads_k == heads.k  # keys that are their own values: both roles have one gradient
         if twin:
             dk = add_(dk, dv)
         if moment.first in self.shared:

@@ -201,3 +201,17 @@ def test_unknown_mode_is_named():
     q = torch.zeros(1, 2, 1, 2)
     with pytest.raises(ValueError, match="mode must be one of inclusive, strict, reversed; got 'causal'"):
         la(q, q, q, mode="causal")
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 4), (2, 1, 4), (4, 2, 2)])
+@pytest.mark.parametrize("mode", MODES)
+def test_keys_as_their_own_values_with_gates_of_other_heads(mode, heads):
+    """Both roles of k share one gradient, except where they have different head counts."""
+    hq, hk, hg = heads
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 9, h, 3, dtype=F64, requires_grad=True) for h in (hq, hk))
+    g = (-torch.rand(1, 9, hg, dtype=F64)).requires_grad_()
+    o, truth = la(q, k, k, g, mode=mode)[0], defining_sum(q, k, k, g, mode, None)[0]
+    do = torch.randn_like(o)
+    for x, y in zip(torch.autograd.grad(o, [q, k, g], do), torch.autograd.grad(truth, [q, k, g], do), strict=True):
+        assert_close(x, y)
