@@ -80,6 +80,16 @@ def test_float32_keeps_its_digits():
     assert float((low - truth).norm() / truth.norm()) < 1e-6
 
 
+def test_coefficients_are_not_rounded_to_the_dtype_of_the_operands():
+    x = Inputs("hla_q4", T=30)
+    nodes = torch.tensor([0.2003, 0.2007, 0.4, 0.6, 0.9])
+    q, k, v = (y.bfloat16() for y in (x.q, x.k, x.v))
+    low, _ = hla.hla_q(q, k, v, nodes=nodes, ridge=1.003)
+    truth, _ = hla.hla_q(*(y.double() for y in (q, k, v)), nodes=nodes, ridge=1.003)
+    # The sums are float32: all but a few of the rounded results are those of the float64 sums.
+    assert float((low == truth.bfloat16()).double().mean()) > 0.98
+
+
 def test_nodes_of_every_shape_agree():
     x = Inputs("hla_q4")
     nodes = torch.tensor([0.9, 0.5, 0.4, 0.2, 0.1], dtype=F64)
