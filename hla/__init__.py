@@ -6,7 +6,7 @@ Importing this package needs neither Triton nor a GPU; the models (and transform
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hla.ops import reference
+from hla.ops import published, reference
 from hla.ops.higher_order import ahla, hla2, hla3, hla_n, hla_q, linear_attn
 from hla.ops.recurrent import step
 
@@ -26,6 +26,7 @@ __all__ = [
     "hla_n",
     "hla_q",
     "linear_attn",
+    "published",
     "reference",
     "step",
 ]
