@@ -33,7 +33,8 @@ def measure(K: int, length: int, heads: int, device: str, seconds: float) -> lis
     def both(form: str) -> Callable[[], tuple[Tensor, ...]]:
         return lambda: torch.autograd.grad(hla.published.hla3(q, k, v, form=form), leaves, do)
 
-    refused, functions = {}, {}
+    refused: dict[str, str] = {}
+    functions: dict[str, Callable[[], object]] = {}
     for form in FORMS:
         try:
             both(form)()

@@ -1,4 +1,4 @@
-"""The command ``hla``: train, evaluate, generate.
+"""The command ``hla``: train, evaluate, generate, inspect.
 
 Only this file prints and exits. A wrong input ends in one sentence on standard error and exit status 1 (2 for options
 that do not parse), never in a traceback; HLA_DEBUG=1 shows the traceback too.
@@ -23,7 +23,7 @@ from hla.errors import HLAError
 
 app = typer.Typer(
     name="hla",
-    help="Language models with Higher-order Linear Attention: train, evaluate, generate.",
+    help="Language models with Higher-order Linear Attention: train, evaluate, generate, inspect.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -254,6 +254,25 @@ def generate_command(
     now = time.monotonic()
     rate = f", then {(count - 1) / (now - first):,.1f} tokens/s" if count > 1 else ""
     print(f"[{len(ids)} prompt tokens in {first - begin:.2f} s{rate}; {count} tokens]", file=sys.stderr)
+
+
+@app.command(name="inspect")
+@_in_one_sentence
+def inspect_command(
+    model: Annotated[str, typer.Argument(help="Model folder.")],
+    text: Annotated[str, typer.Option(help='Text file to run the model on; "-": standard input.')],
+    out: Annotated[Path, typer.Option(help="Folder for inspect.html.")] = Path("runs/inspect"),
+    tokens: Annotated[int, typer.Option(help="Use the first so many tokens of the text (2 to 512).")] = 96,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Show what every head of a model reads in a text: attention maps, spectra and gates on one HTML page."""
+    from hla.data import read_documents
+    from hla.inspect import inspect_model
+    from hla.train import choose_device
+
+    content = read_documents([text])[0].text
+    path = inspect_model(model, content, out, tokens=tokens, device=choose_device(device))
+    print(f"The page is in {str(path)!r}; any browser shows it.", file=sys.stderr)
 
 
 def _write(text: str) -> None:

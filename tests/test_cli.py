@@ -268,4 +268,4 @@ def test_compressors_are_the_command_line_tools(place):
 
 def test_help_names_the_commands():
     shown = RUNNER.invoke(app, ["--help"])
-    assert shown.exit_code == 0 and all(name in shown.stdout for name in ("train", "evaluate", "generate"))
+    assert shown.exit_code == 0 and all(name in shown.stdout for name in ("train", "evaluate", "generate", "inspect"))

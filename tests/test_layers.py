@@ -536,3 +536,12 @@ BAD_INPUTS = [
 def test_bad_inputs_are_named(bad, named):
     with pytest.raises((ValueError, TypeError), match=named):
         make_layer()(**{"hidden_states": tokens(2, 5), **bad})
+
+
+@every_option
+@torch.no_grad()
+def test_nan_inputs_are_seen_and_raise_nothing(options):
+    x = tokens(2, 9)
+    x[0] = math.nan
+    y, _ = make_layer(**options)(x)
+    assert bool(y[0].isnan().all()) and bool(y[1].isfinite().all())

@@ -111,7 +111,8 @@ def check_call(
         if g.dtype != torch.float32 and not (g.dtype == torch.float64 == q.dtype):
             raise TypeError(f"g (log-decay) must be float32 (or float64 with float64 q, k, v); got {g.dtype}")
         _same("device", "g", g.device, "q", q.device, ValueError)
-        if _values_readable(g) and not bool(((g <= 0) & g.isfinite()).all()):
+        # NaN goes through, as it does in q, k and v: a training run that diverged shall see it in its loss.
+        if _values_readable(g) and bool(((g > 0) | g.isinf()).any()):
             raise ValueError("g is the logarithm of a decay: it must be finite and <= 0 everywhere")
 
     p = _check_p(p, q, k, lead)
@@ -234,7 +235,7 @@ def _check_positive(name: str, x: float | Tensor) -> None:
     if isinstance(x, float):
         bad = x <= 0
     else:
-        bad = _values_readable(x) and not bool((x > 0).all())
+        bad = _values_readable(x) and bool((x <= 0).any())
     if bad:
         raise ValueError(f"{name} must be positive{'' if isinstance(x, Tensor) else f'; got {x}'}")
 
@@ -252,7 +253,7 @@ def _check_nodes(nodes: Tensor | None, order: int, q: Tensor) -> Tensor:
     if tuple(nodes.shape) not in (full[-1:], full[-2:], full):
         shapes = ", ".join(map(str, map(list, (full[-1:], full[-2:], full))))
         raise ValueError(f"nodes must have one of the shapes {shapes} (order + 1 nodes); got {_shape(nodes)}")
-    if _values_readable(nodes) and not bool(((nodes >= 0) & nodes.isfinite()).all()):
+    if _values_readable(nodes) and bool(((nodes < 0) | nodes.isinf()).any()):
         raise ValueError("nodes must be finite and >= 0: they are parts of the trace of S")
     return nodes.to(wide).expand(full)
 

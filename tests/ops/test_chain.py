@@ -11,7 +11,7 @@ from tests.ops.cases import F64, assert_close, gradients, small_chunks  # noqa: 
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
 def test_a_chain_equals_its_stages_one_by_one(gated, heads, small_chunks):  # noqa: F811
-    """a and b share a moment; c has another decay, d another initial state, e other values: those must not be shared."""
+    """a and b share a moment; c has another decay, d another initial state, e other values: not to be shared."""
     torch.manual_seed(0)
     new = lambda *s: torch.randn(*s, dtype=F64, requires_grad=True)  # noqa: E731
     q, k, v = new(1, 17, heads[0], 3), new(1, 17, heads[1], 3), new(1, 17, heads[1], 3)

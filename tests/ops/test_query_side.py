@@ -143,7 +143,7 @@ BAD = [
     (dict(nodes=torch.ones(4, dtype=F64)), ValueError, "nodes must have one of the shapes"),
     (dict(nodes=torch.ones(2, 5, dtype=F64)), ValueError, "nodes must have one of the shapes"),
     (dict(nodes=-torch.ones(5, dtype=F64)), ValueError, "nodes must be finite and >= 0"),
-    (dict(nodes=torch.full((5,), math.nan)), ValueError, "nodes must be finite"),
+    (dict(nodes=torch.full((5,), math.inf)), ValueError, "nodes must be finite"),
     (dict(nodes=torch.ones(5, dtype=torch.int64)), TypeError, "nodes must be a floating-point tensor"),
     (dict(nodes=[0.5] * 5), TypeError, "nodes must be a tensor"),
     (dict(p="k"), TypeError, "p"),
