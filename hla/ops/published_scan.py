@@ -280,16 +280,16 @@ def hla3_scan(
     Raises:
         ValueError: if ``gamma != 1``. Algorithm 3 decays each of S^K, S^Q and P by gamma, their product therefore by
             gamma^3, but the corrections G by gamma: the corrected state ``F = S^K S^Q P - G1 - G2 - G3`` that Algorithm
-            4 scans has no recurrence without S, S^Q and P then (note 5 of docs/paper.md), and scaling the carries as section 7.3 suggests computes
-            something else. Also if the maps of all tokens would exceed `MAPS_LIMIT` (1 GiB).
+            4 scans then has no recurrence without S^K, S^Q and P (docs/paper.md), and scaling the carries as section
+            7.3 suggests computes something else. Also if the maps of all tokens would exceed `MAPS_LIMIT` (1 GiB).
     """
     _check(q, k, v, gamma, chunk)
     if gamma != 1.0:
         raise ValueError(
             f"the third-order scan exists for gamma = 1 only; got gamma = {gamma}. Below 1, Algorithm 3 decays "
             "S^K S^Q P by gamma^3 but its corrections G by gamma, so the corrected state F that Algorithm 4 scans "
-            "has no recurrence without S, S^Q and P (scaling the carries, as section 7.3 suggests, computes something else); "
-            "use the recurrence of Algorithm 3"
+            "has no recurrence without S^K, S^Q and P (scaling the carries, as section 7.3 suggests, computes "
+            "something else); use the recurrence of Algorithm 3"
         )
     chunks = _Chunks(q, chunk)
     (B, H, T, K), V = q.shape, v.shape[-1]
