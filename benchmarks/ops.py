@@ -113,16 +113,18 @@ def plot(rows: list[dict], path: Path) -> None:
     dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
     figure, axes = plt.subplots(1, len(dtypes), figsize=(5.5 * len(dtypes), 4.5), squeeze=False, sharey=True)
     for ax, dtype in zip(axes[0], dtypes, strict=True):
-        for name in dict.fromkeys(row["operator"] for row in rows):
+        for i, name in enumerate(dict.fromkeys(row["operator"] for row in rows)):
             points = [(r["T"], r["forward_backward_ms"]) for r in rows if r["operator"] == name and r["dtype"] == dtype]
-            style = dict(color="black", linestyle="--") if name == BASELINE else {}
+            if not points:
+                continue
+            style = dict(color="black", linestyle="--") if name == BASELINE else dict(color=f"C{i}")
             ax.plot(*zip(*points, strict=True), marker="o", label=name, **style)
         ax.set(xscale="log", yscale="log", xlabel="tokens", title=dtype)
         ax.set_xticks(sorted({r["T"] for r in rows}), [f"{r // 1024}k" for r in sorted({r["T"] for r in rows})])
         ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("forward + backward, ms")
-    axes[0][-1].legend()
+    axes[0][0].legend()
     first = rows[0]
     figure.suptitle(
         f"B {first['B']}, H {first['H']}, D {first['D']}, causal; {first['device']}, {first['threads']} threads"
