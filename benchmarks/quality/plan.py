@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.quality.arms import ARMS
-from benchmarks.quality.training import Job
+from benchmarks.quality.training import Entry, Job
 
 LRS = (3e-3, 1e-2)
 SEEDS = (0, 1, 2)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the ranking: an arm in one shape."""
-
-    track: str
-    arm: str
-    heads: int = 1
-    head_dim: int = 32
-    head_v_dim: int = 32
-    hidden_size: int = 64
-    layers: int = 2
-    task: str = "mqar"
-
-    def job(self, lr: float, seed: int, **sizes: int) -> Job:
-        values: dict[str, Any] = vars(self) | sizes
-        return Job(lr=lr, seed=seed, **values)
 
 
 def width_track() -> list[Entry]:

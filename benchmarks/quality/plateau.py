@@ -278,7 +278,9 @@ def small_batches(seed: int) -> Iterator[tasks.Batch]:
 
 def train(run: Run, steps: int) -> tuple[Tensor, list[tuple[str, str, object, float]]]:
     """Losses up to the end of the plateau, and (measurement, parameter, step, value) along the way."""
-    job = Job("plateau", run.arm, run.lr, run.seed, 1, 16, 16, hidden_size=32, layers=2, steps=steps)
+    job = Job(
+        track="plateau", arm=run.arm, lr=run.lr, seed=run.seed, head_dim=16, head_v_dim=16, hidden_size=32, steps=steps
+    )
     trainer = Trainer(job, tasks.Recall(), "cpu")
     rates = learning_rate(run.lr, steps, run.warmup)
     model: Any = trainer.model

@@ -92,7 +92,7 @@ class Workers:
 
     def __init__(self, count: int, device: str):
         context = mp.get_context("spawn")
-        self.count, self.jobs, self.results = count, context.Queue(), context.Queue()
+        self.jobs, self.results = context.Queue(), context.Queue()
         self.processes = [
             context.Process(target=work, args=(device, self.jobs, self.results), daemon=True) for _ in range(count)
         ]

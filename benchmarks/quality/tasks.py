@@ -69,7 +69,7 @@ def concatenate(batches: Sequence[Batch]) -> Batch:
 class Recall:
     """MQAR of mixed lengths: every step has one length and ``tokens_per_step`` tokens; all data are fresh."""
 
-    name, precision = "mqar", "highest"
+    precision = "highest"
     columns = ("validation", "test", *(f"test_{n}x{p}" for n, p in TRAINED + LONGER))
     # Steps of each length, out of 10, about as Zoology's numbers of examples have it.
     SHARES = ((64, 3), (128, 1), (256, 6))
@@ -99,10 +99,6 @@ class Recall:
             "test": round(sum(test.values()) / len(test), 4),
             **{f"test_{name}": x for name, x in test.items()},
         }
-
-    def kinds(self) -> list[int]:
-        """Batches of one kind have the same shapes."""
-        return [length for length, _ in self.SHARES]
 
     def batch(self, length: int, generator: torch.Generator) -> Batch:
         examples = max(1, self.tokens_per_step // length)

@@ -71,7 +71,7 @@ class LanguageModel(nn.Module):
 class Text:
     """Next-token prediction in windows of the built-in corpus, tokens in equal number for every mixer."""
 
-    name, precision = "text", "high"
+    precision = "high"
     columns = ("validation", "test", "bits_per_byte", "nats_repeated", "nats_new", *(f"nats_{i}" for i in range(4)))
 
     def __init__(self, tokens_per_step: int = 8192):

@@ -26,21 +26,31 @@ TASKS: dict[str, type[Recall] | type[Text]] = {"mqar": Recall, "text": Text}
 
 
 @dataclass(frozen=True)
-class Job:
-    """What defines a run; everything else of its row follows."""
+class Entry:
+    """One line of the ranking: an arm in one shape."""
 
     track: str
     arm: str
-    lr: float
-    seed: int
     heads: int = 1
     head_dim: int = 32
     head_v_dim: int = 32
     hidden_size: int = 64
     layers: int = 2
+    task: str = "mqar"
+
+    def job(self, lr: float, seed: int, **sizes: int) -> Job:
+        values: dict[str, Any] = vars(self) | sizes
+        return Job(lr=lr, seed=seed, **values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Entry):
+    """What defines a run; everything else of its row follows."""
+
+    lr: float
+    seed: int
     steps: int = 3000
     tokens_per_step: int = 8192
-    task: str = "mqar"
 
     def key(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)

@@ -92,7 +92,7 @@ def test_a_batch_of_recall(length, asked):
 def test_a_schedule_of_recall():
     task = tasks.Recall()
     schedule = task.schedule(1000, seed=0)
-    assert {kind: schedule.count(kind) for kind in task.kinds()} == {64: 300, 128: 100, 256: 600}
+    assert {kind: schedule.count(kind) for kind, _ in task.SHARES} == {64: 300, 128: 100, 256: 600}
     assert schedule == task.schedule(1000, seed=0) != task.schedule(1000, seed=1)
     assert task.schedule(7, seed=0) == schedule[:7]
 
@@ -154,7 +154,7 @@ def row_of(job, validation=0.5, test=0.4, **more):
 
 
 def width_job(arm, lr=LRS[0], seed=0, **sizes):
-    return Job("width", arm, lr, seed, **sizes)
+    return Job(track="width", arm=arm, lr=lr, seed=seed, **sizes)
 
 
 def test_rows_come_back(tmp_path):
