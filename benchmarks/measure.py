@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import gc
+import importlib.metadata
 import itertools
 import os
 import platform
@@ -43,6 +45,32 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def gpu_software() -> dict[str, str]:
+    """What else decides how fast a GPU is: driver, CUDA, and the packages with kernels ("" where not installed)."""
+    return {
+        "driver": _driver(),
+        "cuda": str(torch.version.cuda or ""),
+        "triton": _version("triton"),
+        "fla": _version("flash-linear-attention", "fla-core"),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"
+
+
+def _version(*distributions: str) -> str:
+    """Version of the first of these that is installed, or ""."""
+    for name in distributions:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return ""
+
+
 def _commit() -> str:
     def git(*args: str) -> str:
         root = Path(__file__).parent
@@ -67,19 +95,44 @@ def interleaved_medians(
     Interleaving lets a disturbance of the machine hit all functions alike, so that ratios hold.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    one_round = _round_on_gpu if device == "cuda" else _round
     for function in functions.values():
         function()  # warm-up
     while True:
-        for name, function in functions.items():
-            if len(times[name]) >= min_reps and sum(times[name]) >= seconds:
-                continue
-            synchronize(device)
-            start = time.perf_counter()
-            function()
-            synchronize(device)
-            times[name].append(time.perf_counter() - start)
-        if all(len(t) >= min_reps and sum(t) >= seconds for t in times.values()):
+        todo = {n: f for n, f in functions.items() if len(times[n]) < min_reps or sum(times[n]) < seconds}
+        if not todo:
             return {name: 1e3 * statistics.median(t) for name, t in times.items()}
+        for name, t in one_round(todo).items():
+            times[name].append(t)
+
+
+def _round(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of one call of each function."""
+    times = {}
+    for name, function in functions.items():
+        start = time.perf_counter()
+        function()
+        times[name] = time.perf_counter() - start
+    return times
+
+
+def _round_on_gpu(functions: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """The same between CUDA events, all calls queued at once.
+
+    Clearing the L2 cache before each call keeps one function from finding its inputs where another left them, and
+    gives the CPU the time to launch ahead, as it does within a model.
+    """
+    cache = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    events = {}
+    for name, function in functions.items():
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        cache.zero_()
+        start.record()
+        function()
+        end.record()
+        events[name] = start, end
+    torch.cuda.synchronize()
+    return {name: 1e-3 * start.elapsed_time(end) for name, (start, end) in events.items()}
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int | None:
@@ -97,6 +150,16 @@ def peak_bytes(function: Callable[[], object], device: str) -> int | None:
     events = profile.profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return max(itertools.accumulate(change for _, change in changes), default=None)
+
+
+def saved_bytes(function: Callable[[], torch.Tensor], device: str) -> int | None:
+    """Memory that a result holds for its backward pass, beyond the inputs and itself (None where it can't be told)."""
+    if device != "cuda":
+        return None
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    output = function()
+    return torch.cuda.memory_allocated() - before - output.untyped_storage().nbytes()
 
 
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:

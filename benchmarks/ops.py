@@ -1,7 +1,7 @@
 """``python -m benchmarks.ops``: the operators beside PyTorch's scaled_dot_product_attention, in one run.
 
-Prints a table with ratios, writes a CSV (one row per operator, length and dtype) and a log-log plot. A peer of a later
-benchmark is one more entry in `mixers`.
+Prints a table with ratios, writes a CSV (one row per operator, length and dtype) and a log-log plot. On a GPU
+(``--device cuda``) it is the suite `benchmarks.cuda`, which has its own options and peers.
 """
 
 from __future__ import annotations
@@ -12,33 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-import hla
 from benchmarks.measure import environment, interleaved_medians, peak_bytes, say, write_csv
+from benchmarks.operators import operators, sdpa
 
 BASELINE = "sdpa"
-
-
-def mixers(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """What is compared: name -> function of nothing, on the same inputs ``[B, T, H, D]``."""
-    per_token = torch.full(q.shape[:3], 0.02, dtype=torch.float32, device=q.device)
-
-    def softmax() -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*heads_first, is_causal=True).transpose(1, 2)  # type: ignore[misc,arg-type]
-
-    return {
-        BASELINE: softmax,
-        "linear_attn": lambda: hla.linear_attn(q, k, v)[0],
-        "hla2": lambda: hla.hla2(q, k, v)[0],
-        "hla_q default form": lambda: hla.hla_q(q, k, v, g=-per_token, ridge=1 + per_token)[0],  # as in the layer
-        "ahla": lambda: hla.ahla(q, k, v)[0],
-        "hla3": lambda: hla.hla3(q, k, v)[0],
-    }
 
 
 def measure(
@@ -49,7 +29,7 @@ def measure(
     new = lambda: torch.randn(batch, length, heads, dim, generator=generator, device=device)  # noqa: E731
     q, k, v, do = (F.normalize(new(), dim=-1).to(dtype) for _ in range(4))
     leaves = [x.requires_grad_() for x in (q, k, v)]
-    functions = mixers(q, k, v)
+    functions = {BASELINE: lambda: sdpa(q, k, v), **operators(q, k, v)}
 
     def with_backward(function: Callable[[], Tensor]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(), leaves, do)
@@ -86,6 +66,9 @@ def measure(
 
 
 def print_table(rows: list[dict]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(title=f"{rows[0]['device']}: times in ms, speed-ups and memory against {BASELINE}")
     for column in ("dtype", "T", "operator", "forward", "x", "fwd + bwd", "x", "peak MiB", "x"):
         table.add_column(column, justify="left" if column == "operator" else "right")
@@ -135,6 +118,13 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 def main() -> None:
+    which = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    device, others = which.parse_known_args()
+    if device.device == "cuda":
+        from benchmarks.cuda.main import main as on_gpu
+
+        return on_gpu(others)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])

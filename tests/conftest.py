@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 
 # The machines of CI have few, shared cores, where threads of small operations wait for each other most of the time.
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the kernels' tests; it must be set before Triton is imported
 torch.zeros(1, device="meta")  # wakes the meta device before torch.empty is patched below
 
 settings.register_profile(

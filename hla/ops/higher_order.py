@@ -84,8 +84,9 @@ def compose(call: Call, run: Callable = chain) -> tuple[Tensor, State | None]:
         initial = [] if S is None else [S]
         initial += [*moments, *(x.unsqueeze(-1) for x in ones or ())]
     results, finals = run(
-        stages, tensors, per_token, c.g, outputs=outputs, initial_states=initial, cu_seqlens=c.cu_seqlens
-    )
+        stages, tensors, per_token, c.g, outputs=outputs, initial_states=initial, cu_seqlens=c.cu_seqlens,
+        output_final_states=c.output_final_state,
+    )  # fmt: skip
     y = (results[0] / (results[1] + c.eps)).to(c.v.dtype) if c.normalize else results[0]
     if not c.output_final_state:
         return y, None
@@ -104,6 +105,7 @@ def one_by_one(
     outputs: dict[str, torch.dtype],
     initial_states: Sequence[Tensor | None],
     cu_seqlens: Tensor | None = None,
+    output_final_states: bool = True,
     la: Callable = la,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """A chain as one call of the primitive per stage, for backends that have no more than the primitive."""
@@ -121,7 +123,7 @@ def one_by_one(
             ridge=ridge,
             residual=residual,
             initial_state=state,
-            output_final_state=True,
+            output_final_state=output_final_states,
             mode=s.mode,
             cu_seqlens=cu_seqlens,
             out_dtype=outputs.get(s.out, dtype),
@@ -138,7 +140,7 @@ def _run(backend: str | None, *args, **kwargs) -> tuple[Tensor, State | None]:
 
     check_backend(backend)
     call = check_call(*args, **kwargs)
-    return dispatch(call.op, "chunk", backend, call.q.device)(call)
+    return dispatch(call.op, "chunk", backend, call.q.device, compute_dtype(call.q, call.v))(call)
 
 
 _ARGS = """

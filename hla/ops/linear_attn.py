@@ -81,6 +81,7 @@ def chain(
     outputs: dict[str, torch.dtype],
     initial_states: Sequence[Tensor | None],
     cu_seqlens: Tensor | None = None,
+    output_final_states: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Runs stages one after the other; a stage may read what earlier ones wrote.
 
@@ -97,7 +98,7 @@ def chain(
     Arguments are trusted here: `hla.ops.checks` has the checks of the public functions.
 
     Returns:
-        The outputs, and the final state of every stage (float32 / float64).
+        The outputs, and the final state of every stage (float32 / float64), or an empty list.
     """
     flat = [*tensors.values(), *per_token.values(), *initial_states]
     plan = _Plan(
@@ -110,7 +111,7 @@ def chain(
     )
     with no_autocast(next(iter(tensors.values()))):
         results = _Chain.apply(plan, cu_seqlens, g, *flat)
-    return list(results[: len(outputs)]), list(results[len(outputs) :])
+    return list(results[: len(outputs)]), list(results[len(outputs) :]) if output_final_states else []
 
 
 def la(
@@ -157,7 +158,7 @@ def la(
         residuals=() if residual is None else (("ridge" if isinstance(ridge, Tensor) else ridge, name(residual)),),
         mode=mode,
     )
-    (o,), (final,) = chain(
+    (o,), finals = chain(
         [stage],
         tensors,
         per_token,
@@ -165,8 +166,9 @@ def la(
         outputs={"o": out_dtype or v.dtype},
         initial_states=[initial_state],
         cu_seqlens=cu_seqlens,
+        output_final_states=output_final_state,
     )
-    return o, final if output_final_state else None
+    return o, finals[0] if output_final_state else None
 
 
 def _moments(stages: Sequence[Stage], initial_states: Sequence[Tensor | None]) -> tuple[int, ...]:

@@ -41,6 +41,7 @@ def compose_query_side(call: Call, run: Callable = chain) -> tuple[Tensor, State
     (trace,), _ = run(
         [Stage("trace", "1", "k^2", "1")], {"1": ones, "k^2": squares}, {}, c.g,
         outputs={"trace": dtype}, initial_states=[trace], cu_seqlens=c.cu_seqlens,
+        output_final_states=False,
     )  # fmt: skip
 
     # [order + 1, B, T, HQ]: the steps 1 / theta_n and what the ridge leaves of x
@@ -59,5 +60,6 @@ def compose_query_side(call: Call, run: Callable = chain) -> tuple[Tensor, State
     (o,), finals = run(
         stages, tensors, per_token, c.g,
         outputs={"o": c.v.dtype}, initial_states=[S] * c.order + [P], cu_seqlens=c.cu_seqlens,
+        output_final_states=c.output_final_state,
     )  # fmt: skip
     return o, HLAQState(finals[0], finals[-1]) if c.output_final_state else None

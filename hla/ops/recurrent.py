@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from hla.ops.checks import Call, check_call, check_state, check_state_indices
 from hla.ops.family import readings, transforms_keys
 from hla.ops.linear_attn import compute_dtype, no_autocast
 from hla.ops.state import State, pack, unpack, zeros
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def step(
@@ -35,6 +38,9 @@ def step(
     state_indices: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """One token of an operator: update the state, then read it. Cost and memory do not depend on the position.
+
+    On a CUDA device one kernel does both (`hla.kernels.step`, where Triton is installed), except for orders with more
+    than one inner reading, in float64, and where a gradient is asked for: those take the PyTorch form.
 
     Args:
         op: "linear_attn", "hla2", "ahla", "hla3", "hla_n" or "hla_q"; order: of hla_n, ahla (2) and hla_q (4).
@@ -67,13 +73,19 @@ def step(
         state_name="state",
     )  # fmt: skip
     rows = q.shape[0] if slots is None else slots
-    if out_state is not None:
+    if out_state is not None and out_state is not state:
         check_state(call, out_state, rows, "out_state")
+    if state_indices is not None:
+        check_state_indices(state_indices, q.shape[0], rows, q.device)
+    if HAS_TRITON and q.device.type == "cuda":
+        from hla.kernels.step import fused_step, supports
+
+        if supports(call, state, out_state):
+            return fused_step(call, state, out_state, state_indices)
     if state_indices is None:
         o, new = update(call, state if state is not None else empty_state(call, rows))
         return o, new if out_state is None else _write(new, out_state, None)
 
-    check_state_indices(state_indices, q.shape[0], rows, q.device)
     index = state_indices.long()
     source = state if state is not None else empty_state(call, rows)
     o, new = update(call, _map(lambda x: x[index], source))

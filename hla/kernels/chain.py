@@ -1,0 +1,344 @@
+"""Chains of the primitive on a GPU: stage after stage, forward and backward, as one `torch.library` operator each.
+
+The same contract as `hla.ops.linear_attn.chain`, with other means: every stage is one launch of `linear_attn.walk` (two
+more where the sequence is split), every gradient of a stage is one more launch of the same kernel, and gradients of
+what several stages read are added up in the kernel that comes later. Between two stages transformed keys and values
+pass through memory in bfloat16 (float32 for float32 inputs); they are what the backward pass needs of the forward one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hla.kernels.library import Operation
+from hla.kernels.linear_attn import Read, read, row_dot, sum_heads
+from hla.kernels.segments import Cut, cut, sum_later
+from hla.ops.linear_attn import Stage
+
+DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a chain computes, without the tensors. As a string (`encode`) it is an argument of the operators."""
+
+    stages: tuple[Stage, ...]
+    tensors: tuple[str, ...]
+    per_token: tuple[str, ...]
+    initial: tuple[bool, ...]  # which stages have an initial state
+    outputs: tuple[tuple[str, str], ...]  # names and dtypes
+    finals: bool
+
+    @functools.cached_property
+    def kept(self) -> tuple[str, ...]:
+        """What one stage writes for a later one."""
+        return tuple(s.out for s in self.stages if any(s.out in _reads(t) for t in self.stages))
+
+    def unflatten(self, flat: Sequence[Tensor]) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+        """(tensors and per-token numbers by name, initial states) of a flat list."""
+        names = self.tensors + self.per_token
+        states = iter(flat[len(names) :])
+        return dict(zip(names, flat, strict=False)), [next(states) if given else None for given in self.initial]
+
+
+def encode(plan: Plan) -> str:
+    """(In plain operations on strings, which torch.compile traces.)"""
+    stages = [
+        "|".join(
+            [s.out, s.query, s.keys, s.values, str(s.gate), _word(s.gain), s.mode]
+            + [part for number, name in s.residuals for part in (_word(number), name)]
+        )
+        for s in plan.stages
+    ]
+    fields = [
+        ";".join(stages), "|".join(plan.tensors), "|".join(plan.per_token),
+        "|".join([str(int(x)) for x in plan.initial]), "|".join([part for pair in plan.outputs for part in pair]),
+        str(int(plan.finals)),
+    ]  # fmt: skip
+    return "\n".join(fields)
+
+
+@functools.cache
+def decode(text: str) -> Plan:
+    stages, tensors, per_token, initial, outputs, finals = text.split("\n")
+    read = []
+    for line in stages.split(";"):
+        out, query, keys, values, gate, gain, mode, *rest = line.split("|")
+        residuals = tuple((_unword(x), name) for x, name in zip(rest[::2], rest[1::2], strict=True))
+        read.append(Stage(out, query, keys, values, int(gate), _unword(gain), residuals, mode))
+    names = _split(outputs)
+    return Plan(
+        tuple(read), _split(tensors), _split(per_token), tuple(x == "1" for x in _split(initial)),
+        tuple(zip(names[::2], names[1::2], strict=True)), finals == "1",
+    )  # fmt: skip
+
+
+def _word(x: float | str) -> str:
+    """A number, or a name with a mark before it."""
+    return "$" + x if isinstance(x, str) else repr(x)
+
+
+def _unword(x: str) -> float | str:
+    return x[1:] if x.startswith("$") else float(x)
+
+
+def _split(x: str) -> tuple[str, ...]:
+    return tuple(x.split("|")) if x else ()
+
+
+def _reads(stage: Stage) -> set[str]:
+    return {stage.query, stage.keys, stage.values, *(name for _, name in stage.residuals)}
+
+
+def chain(
+    stages: Sequence[Stage],
+    tensors: dict[str, Tensor],
+    per_token: dict[str, Tensor],
+    g: Tensor | None,
+    *,
+    outputs: dict[str, torch.dtype],
+    initial_states: Sequence[Tensor | None],
+    cu_seqlens: Tensor | None = None,
+    output_final_states: bool = True,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `hla.ops.linear_attn.chain`; without ``output_final_states`` the second list is empty."""
+    plan = Plan(
+        tuple(stages), tuple(tensors), tuple(per_token), tuple(x is not None for x in initial_states),
+        tuple((name, str(dtype).removeprefix("torch.")) for name, dtype in outputs.items()), output_final_states,
+    )  # fmt: skip
+    flat = [
+        None if g is None else g.float().contiguous(), cu_seqlens,
+        *(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors.values()),
+        *(x.float().contiguous() for x in per_token.values()),
+        *(x for x in initial_states if x is not None),
+    ]  # fmt: skip
+    n = len(outputs)
+    results = _operation(encode(plan), n + (len(stages) if output_final_states else 0), *flat)
+    return results[:n], results[n:]
+
+
+class _Sizes:
+    """Heads of what a stage reads and writes, and widths, by name; the dtype of what passes between stages."""
+
+    def __init__(self, plan: Plan, x: dict[str, Tensor], g: Tensor | None):
+        first = x[plan.tensors[0]]
+        self.batch, self.length = first.shape[:2]
+        self.device = first.device
+        self.passed = torch.float32 if all(x[n].dtype == torch.float32 for n in plan.tensors) else torch.bfloat16
+        self.gate = 1 if g is None else g.shape[2]
+        self.of = {name: (x[name].shape[2], x[name].shape[3]) for name in plan.tensors}
+        self.states, self.outputs = [], []
+        for s in plan.stages:
+            state = max(self.of[s.keys][0], self.of[s.values][0], self.gate)
+            self.states.append((state, self.of[s.keys][1], self.of[s.values][1]))
+            self.of[s.out] = (max(self.of[s.query][0], state), self.of[s.values][1])
+
+    def cut(self, cu_seqlens: Tensor | None) -> Cut:
+        programs = max(heads * -(-width // 64) for heads, width in self.of.values())
+        return cut(self.batch, self.length, programs, cu_seqlens, self.device)
+
+
+def _forward(plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tensor) -> tuple[list, list]:
+    """(outputs, and final states if wanted; what stages pass on)."""
+    p = decode(plan)
+    x, initial = p.unflatten(flat)
+    sizes = _Sizes(p, x, g)
+    shape = sizes.cut(cu_seqlens)
+    dtypes = dict(p.outputs)
+    finals = []
+    for i, s in enumerate(p.stages):
+        (ridge, residual), *more = s.residuals or ((0.0, None),)
+        done = read(
+            x[s.query], x[s.keys], x[s.values], g, shape, heads=sizes.of[s.out][0], gate=s.gate,
+            reverse=s.mode == "reversed", strict=s.mode == "strict", factor=_number(s.gain, x),
+            ridge=_number(ridge, x), residual=None if residual is None else x[residual], initial=initial[i],
+            final=p.finals, out_dtype=DTYPES[dtypes[s.out]] if s.out in dtypes else sizes.passed,
+        )  # fmt: skip
+        for ridge, residual in more:
+            done.o.add_(_times(_number(ridge, x), x[residual]))
+        x[s.out] = done.o
+        finals += [done.final] if p.finals else []
+    return [*(x[name] for name in dtypes), *finals], [x[name] for name in p.kept]
+
+
+def _fake(plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tensor) -> tuple[list, list]:
+    p = decode(plan)
+    x, _ = p.unflatten(flat)
+    sizes = _Sizes(p, x, g)
+    new = flat[0].new_empty
+    sequences = sizes.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    of = lambda name, dtype: new(sizes.batch, sizes.length, *sizes.of[name], dtype=dtype)  # noqa: E731
+    finals = [new(sequences, *size, dtype=torch.float32) for size in sizes.states] if p.finals else []
+    return [*(of(name, DTYPES[dtype]) for name, dtype in p.outputs), *finals], [of(n, sizes.passed) for n in p.kept]
+
+
+def _number(value: float | str, x: dict[str, Tensor]) -> float | Tensor:
+    return x[value] if isinstance(value, str) else value
+
+
+def _times(number: float | Tensor, y: Tensor) -> Tensor:
+    """Per-token numbers ``[B, T, H]`` times ``[B, T, h, D]``, heads of the one dividing those of the other."""
+    if not isinstance(number, Tensor):
+        return number * y
+    if number.shape[2] > y.shape[2]:
+        y = y.repeat_interleave(number.shape[2] // y.shape[2], 2)
+    elif number.shape[2] < y.shape[2]:
+        number = number.repeat_interleave(y.shape[2] // number.shape[2], 2)
+    return number[..., None] * y
+
+
+def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
+    g, cu_seqlens, *flat = tensors
+    p = decode(plan)
+    x, initial = p.unflatten(flat)
+    sizes = _Sizes(p, x, g)
+    finals, kept = saved[: len(saved) - len(p.kept)], saved[len(saved) - len(p.kept) :]
+    x |= dict(zip(p.kept, kept, strict=True))
+    names = [name for name, _ in p.outputs]
+    need_g, _, *needed = needed
+    back = _Backward(x, need_g, g, sizes, sizes.cut(cu_seqlens))
+    for name, dy in zip(names, grads, strict=False):
+        if dy is not None:
+            back.d[name] = dy.contiguous()
+    dfinals = list(grads[len(names) : len(names) + len(p.stages)]) if p.finals else [None] * len(p.stages)
+    dinitial: dict[int, Tensor] = {}
+    for i in range(len(p.stages) - 1, -1, -1):
+        dinitial[i] = back.stage(p.stages[i], sizes.states[i], initial[i], dfinals[i])
+    results: list[Tensor | None] = []
+    for name, need in zip(p.tensors + p.per_token, needed, strict=False):
+        dx = back.d.get(name) if need else None
+        results.append(torch.zeros_like(x[name]) if need and dx is None else dx)
+    given_states = [i for i, is_given in enumerate(p.initial) if is_given]
+    for i, need in zip(given_states, needed[len(p.tensors) + len(p.per_token) :], strict=False):
+        results.append(dinitial[i] if need else None)
+    dg = _gate_gradient(p, sizes, back, finals, dfinals, initial, dinitial, cu_seqlens) if need_g else None
+    return [dg, None, *results]
+
+
+_operation = Operation("chain", _forward, _fake, _backward, lambda plan: len(decode(plan).outputs))
+
+
+class _Backward:
+    """Gradients by name, added up as stages are left."""
+
+    def __init__(self, x: dict[str, Tensor], gated: bool, g: Tensor | None, sizes: _Sizes, shape: Cut):
+        self.x, self.g, self.sizes, self.shape = x, g, sizes, shape
+        self.d: dict[str, Tensor] = {}
+        self.gated = gated
+        # of the cumulated decays c_t, and, of strict stages, of the g_t that a reading at t leaves out
+        self.dc: Tensor | float = 0.0
+        self.dread: Tensor | float = 0.0
+
+    def add(self, name: str, y: Tensor) -> None:
+        """Adds a fresh tensor to a gradient."""
+        y = sum_heads(y, self.x[name].shape[2])
+        self.d[name] = self.d[name].add_(y) if name in self.d else y.to(self.dtype(name))
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.x[name].dtype
+
+    def reading(self, name: str, q: Tensor, k: Tensor, v: Tensor, **options) -> Read:
+        """One `read` whose output is (added to) the gradient of a tensor."""
+        heads = options["heads"]
+        known = self.d.get(name) if self.x[name].shape[2] == heads else None
+        done = read(q, k, v, self.g, self.shape, out=known, out_dtype=self.dtype(name), **options)
+        if known is None:
+            self.add(name, done.o)
+        return done
+
+    def stage(self, s: Stage, state: tuple[int, int, int], initial: Tensor | None, dfinal: Tensor | None) -> Tensor:
+        """Adds the gradients of what a stage read; returns that of its initial state."""
+        dy = self.d.pop(s.out, None)
+        q, k, v = self.x[s.query], self.x[s.keys], self.x[s.values]
+        heads, hs = self.sizes.of[s.out][0], state[0]
+        if dy is None:
+            dy = v.new_zeros(*v.shape[:2], heads, v.shape[3])
+        gain = _number(s.gain, self.x)
+        write = gain if isinstance(gain, Tensor) else None
+        if not isinstance(gain, Tensor) and gain == 0.0:
+            write = q.new_zeros(*q.shape[:2], 1, dtype=torch.float32)
+        factor = 1.0 if isinstance(write, Tensor) else float(gain)
+        reverse, strict = s.mode == "reversed", s.mode == "strict"
+        common = dict(heads=heads, gate=s.gate, strict=strict, exact=self.gated)
+
+        # The gradient of the final state knows nothing of the factor that the adjoints get in the end; and where heads
+        # share a state, each has its own adjoint, and it enters once.
+        ends = dfinal if dfinal is None or factor == 1.0 else dfinal / factor
+        if ends is not None and heads != hs:
+            once = ends.new_zeros(ends.shape[0], heads, *ends.shape[2:])
+            once[:, :: heads // hs] = ends
+            ends = once
+        adjoint = dict(common, reverse=not reverse, write=write, factor=factor)
+        wants_state = initial is not None
+        twin = s.keys == s.values
+        values = self.reading(
+            s.values, k, q, dy, x=k if self.gated and twin else None, initial=ends, final=wants_state, **adjoint
+        )
+        transposed = None if ends is None else ends.mT
+        entered = None if values.entered is None else values.entered.mT
+        keys = self.reading(
+            s.keys, v, dy, q, x=k if self.gated and not twin else None, initial=transposed, entered=entered, **adjoint
+        )
+
+        fused = [r for r in s.residuals if r[1] == s.query and q.shape[2] == heads and dy.shape[-1] == q.shape[-1]][:1]
+        ridge = _number(fused[0][0], self.x) if fused else 0.0
+        wants_dot = self.gated or isinstance(gain, Tensor)
+        queries = self.reading(
+            s.query, dy, v, k, reverse=reverse, factor=gain, x=q if wants_dot else None, ridge=ridge,
+            residual=dy if fused else None, initial=None if initial is None else initial.mT, **common,
+        )  # fmt: skip
+
+        if wants_dot:
+            assert queries.dot is not None
+            if isinstance(s.gain, str):
+                self.add_number(s.gain, queries.dot)
+        if self.gated:
+            key_dot = values.dot if twin else keys.dot
+            assert key_dot is not None and queries.dot is not None
+            from_q = sum_heads(_scaled(queries.dot, gain), self.sizes.gate)
+            from_k = sum_heads(key_dot * factor, self.sizes.gate)
+            self.dc = self.dc + s.gate * (from_k - from_q if reverse else from_q - from_k)
+            if strict:
+                self.dread = self.dread + s.gate * from_q
+        for value, name in s.residuals:
+            if isinstance(value, str):
+                self.add_number(value, row_dot(dy, self.x[name]))
+            if (value, name) not in fused:
+                self.add(name, _times(_number(value, self.x), dy))
+        if not wants_state:
+            return dy.new_empty(0)
+        assert values.final is not None
+        d = values.final * factor
+        d = d if d.shape[1] == hs else d.unflatten(1, (hs, -1)).sum(2)
+        assert initial is not None
+        return d.to(initial.dtype)
+
+    def add_number(self, name: str, y: Tensor) -> None:
+        """Adds to the gradient of a per-token number."""
+        y = sum_heads(y, self.x[name].shape[2])
+        self.d[name] = self.d[name] + y if name in self.d else y
+
+
+def _scaled(y: Tensor, gain: float | Tensor) -> Tensor:
+    if isinstance(gain, Tensor) and gain.shape[2] != y.shape[2]:
+        gain = gain.repeat_interleave(y.shape[2] // gain.shape[2], 2)
+    return y * gain
+
+
+def _gate_gradient(p, sizes, back, finals, dfinals, initial, dinitial, cu_seqlens) -> Tensor:
+    """``dg``: the sums of dc over all later tokens, with what the decay up to an end does to the state there."""
+    total = None
+    for i, s in enumerate(p.stages):
+        state, dstate = (
+            (initial[i], dinitial[i]) if s.mode == "reversed" else (finals[i] if finals else None, dfinals[i])
+        )
+        if state is not None and dstate is not None:
+            y = s.gate * (state * dstate).sum((-1, -2)).unflatten(1, (sizes.gate, -1)).sum(-1)
+            total = y if total is None else total + y
+    dg = sum_later(back.dc, total, cu_seqlens)
+    return dg - back.dread if isinstance(back.dread, Tensor) else dg

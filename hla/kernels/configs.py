@@ -1,0 +1,87 @@
+"""The table of configurations: block sizes, warps and pipeline depth, by head size, dtype and device.
+
+A fixed table instead of autotuning: the first call at a new shape compiles each kernel once, and no length, batch or
+packing ever compiles or tunes again. `tests/kernels/test_offline.py` compiles every row without a GPU and asserts its
+spills and its shared memory.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    """Rows of a chunk, columns of the state a program owns, warps, and stages of the load pipeline."""
+
+    chunk: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@functools.cache
+def block(size: int) -> int:
+    """The block that holds a head size: a power of two, at least 16 (the smallest operand of the matrix units)."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@functools.cache
+def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capability: tuple[int, int]) -> Config:
+    """For `linear_attn.walk`.
+
+    Args:
+        key, value: head sizes. dtype: "bf16", "tf32" (float16 inputs) or "float32": operands of the matrix units.
+        exact: with what rounding left over (see `linear_attn.walk`).
+    """
+    key, size = block(key), max(64, block(key))
+    if dtype == "tf32":
+        row = Config(32, 32, 4, 1)
+    elif dtype == "float32":
+        row = Config(16, 32, 4 if size == 64 else 8, 1)
+    elif capability in CONSUMER:
+        row = {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)}[size]
+    elif capability < (9, 0):
+        row = {64: Config(32, 64, 4, 3), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 2)}[size]
+    elif exact:
+        row = {64: Config(64, 64, 4, 2), 128: EXACT_128, 256: Config(32, 32, 8, 3)}[size]
+    else:
+        row = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2 if gated else 3), 256: Config(64, 64, 8, 2)}[size]
+    return row._replace(columns=min(row.columns, block(value)))
+
+
+EXACT_128 = Config(64, 32, 4, 3)
+
+
+class QuerySideConfig(NamedTuple):
+    """Rows of a chunk; warps of `solve` and `adjoint`; pipeline stages of `states`, `within` and `fold`."""
+
+    chunk: int
+    solve_warps: int
+    adjoint_warps: int
+    states_stages: int
+    within_stages: int
+    fold_stages: int
+
+
+@functools.cache
+def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> QuerySideConfig:
+    """For the kernels of `query_side`."""
+    if wide:
+        return QuerySideConfig(32, 4, 4, 1, 1, 1)
+    return QuerySideConfig(64, 4, 4, 3, 2, 2)
+
+
+# Cards with about 99 KB of shared memory per block.
+CONSUMER = {(8, 6), (8, 7), (8, 9), (12, 0)}
+
+
+@functools.cache
+def device_config(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Compute capability and number of multiprocessors; those of an H100 where there is no card (interpreter)."""
+    if device.type != "cuda":
+        return (9, 0), 132
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.multi_processor_count

@@ -1,0 +1,684 @@
+"""The readings of `hla_q` in Triton: everything that happens between q and ``x_order``, and its gradient.
+
+`hla.ops.query_side` reads the one state S several times, each time with the result of the reading before. Here S is
+computed once, in one walk that leaves the state entering every chunk in memory (`states`); then all chunks are
+independent, and one program does all readings of a chunk with x on chip (`solve`). The gradient is another chain of
+readings of the same states (`adjoint`),
+
+    u_n = y_n / theta_n,    y_{n-1} = y_n - S u_n - ridge u_n,    dq = y_0 / theta_0 + sum_n u_n,
+
+and one reversed walk with the moment that all readings share (`fold`):
+
+    dk_t = G_t k_t + 2 m_t k_t,   G_t = -sum_{s>=t} exp(c_s - c_t) sum_n (u_n x_{n-1}^T + x_{n-1} u_n^T)_s,
+    m_t = sum_{s>=t} exp(c_s - c_t) dtrace_s.
+
+Head sizes up to 128; larger ones go stage by stage through `chain`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hla.kernels.configs import block, device_config, query_side_config
+from hla.kernels.linear_attn import accumulate, operand, read, sum_heads
+from hla.kernels.launch import launch
+from hla.kernels.library import Operation
+from hla.kernels.segments import cut, cut_every, enter, sum_later
+from hla.ops.checks import Call
+from hla.ops.state import HLAQState, State
+
+LARGEST = 128
+PER_TOKEN = ("r_b", "r_t", "r_h", "n_b", "n_t", "n_h", "n_n")  # strides that no load's width depends on
+
+
+@triton.jit
+def _segment(SLOTS, slot, per_sequence, segment, length):
+    """(sequence, batch row, first token, behind the last token) of a slot."""
+    if SLOTS is None:
+        sequence = slot // per_sequence
+        start = (slot % per_sequence) * segment
+        stop = tl.minimum(start + segment, length)
+        batch = tl.cast(sequence, tl.int64)
+    else:
+        sequence = tl.load(SLOTS + slot * 4)
+        start = tl.load(SLOTS + slot * 4 + 1)
+        stop = tl.load(SLOTS + slot * 4 + 2)
+        batch = tl.cast(0, tl.int64)
+    return sequence, batch, start, stop
+
+
+@triton.jit
+def _decays(G, at, live, heads, h):
+    """Log2-decays of a chunk, and their sums up to each token. (See `linear_attn.walk` for the bound.)"""
+    g = tl.load(G + at * heads + h, mask=live, other=0.0).to(tl.float32)
+    g = tl.maximum(g, -80.0) * 1.4426950408889634
+    return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "chunks_per_sequence", "heads", "gg"])
+def states(
+    K, G, ENTER, STATES, TRACES, LEAVE, SLOTS, CHUNKS, FIRST,
+    length, segment, per_sequence, chunks_per_sequence, heads, gg, k_b, k_t, k_h, e_n, e_h, e_k, e_v,
+    D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BV columns of the S that enters each chunk of a segment, and their part of its trace (float32)."""
+    blocks: tl.constexpr = (D + BV - 1) // BV
+    block = tl.program_id(0) % blocks
+    h = (tl.program_id(0) // blocks) % heads
+    slot = tl.program_id(0) // (blocks * heads)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    cv = block * BV + tl.arange(0, BV)
+    inside = (ck < D)[:, None] & (cv < D)[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    if ENTER is not None:
+        pe = ENTER + tl.cast(slot if SPLIT else sequence, tl.int64) * e_n + h * e_h
+        state = tl.load(pe + ck[:, None] * e_k + cv[None, :] * e_v, mask=inside, other=0.0).to(tl.float32)
+    trace = tl.sum(tl.sum(tl.where(ck[:, None] == cv[None, :], state, 0.0), 0), 0)
+    if CHUNKS is None:
+        chunk = sequence * chunks_per_sequence + start // C
+        at_end = start + segment >= length
+    else:
+        first = tl.load(FIRST + sequence)
+        chunk = first + (start - tl.load(CHUNKS + first * 4 + 1)) // C
+        at_end = (tl.load(SLOTS + slot * 4 + 3) & 2) != 0
+    K += batch * k_b + h * k_h
+    for i in range(0, tl.cdiv(stop - start, C)):
+        t = start + i * C
+        live = t + rows < stop
+        row = tl.cast(t, tl.int64)
+        pk = K + row * k_t + rows[:, None] * k_t
+        k = tl.load(pk + ck[None, :], mask=live[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
+        v = tl.load(pk + cv[None, :], mask=live[:, None] & (cv < D)[None, :], other=0.0).to(tl.float32)
+        at = tl.cast(chunk + i, tl.int64) * heads + h
+        ps = STATES + at * (D * D) + ck[:, None] * D + cv[None, :]
+        tl.store(ps, state.to(STATES.dtype.element_ty), mask=inside)
+        tl.store(TRACES + at * blocks + block, trace)
+        if GATED:
+            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
+            weight = tl.exp2(total - c)
+            rho = tl.exp2(total)
+            trace = trace * rho + tl.sum(tl.sum(v * v, 1) * weight, 0)
+            state *= rho
+            v *= weight[:, None]
+        else:
+            trace += tl.sum(tl.sum(v * v, 1), 0)
+        state = tl.dot(tl.trans(k), v.to(OPERAND), state, input_precision=PRECISION)
+    if LEAVE is not None:
+        if at_end:
+            p = LEAVE + (tl.cast(sequence, tl.int64) * heads + h) * (D * D) + ck[:, None] * D + cv[None, :]
+            tl.store(p, state, mask=inside)
+
+
+@triton.jit
+def _chunk(
+    K, G, STATES, TRACES, batch, slot, start, stop, length, kv_heads, hk, group_g, k_b, k_t, k_h,
+    D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """What every reading of a chunk needs: k, S, the decays up to each token, the decayed mask, the trace of S_t."""
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    live = start + rows < stop
+    row = tl.cast(start, tl.int64)
+    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+    k = tl.load(K + batch * k_b + hk * k_h + row * k_t + rows[:, None] * k_t + ck[None, :], mask=in_k, other=0.0)
+    at = tl.cast(slot, tl.int64) * kv_heads + hk
+    p = STATES + at * (D * D) + ck[:, None] * D + ck[None, :]
+    if D == BK:
+        S = tl.load(p).to(OPERAND)
+    else:
+        S = tl.load(p, mask=(ck < D)[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
+    trace = 0.0
+    for b in tl.static_range(BLOCKS):
+        trace += tl.load(TRACES + at * BLOCKS + b)
+    kf = k.to(tl.float32)
+    squares = tl.sum(kf * kf, 1)
+    mask = rows[:, None] >= rows[None, :]
+    if GATED:
+        c, total = _decays(G, batch * length + row + rows, live, kv_heads // group_g, hk // group_g)
+        E = tl.where(mask, tl.exp2(c[:, None] - c[None, :]), 0.0)
+        read = tl.exp2(c)
+    else:
+        E = tl.where(mask, 1.0, 0.0)
+        read = tl.full([C], 1.0, tl.float32)
+    traces = read * trace + tl.sum(E * squares[None, :], 1)
+    return k.to(OPERAND), S, read, E, traces, live, in_k
+
+
+@triton.jit
+def _step(nodes, ridge, traces, live):
+    """``1 / theta_n`` and the node itself."""
+    node = tl.load(nodes, mask=live, other=1.0).to(tl.float32)
+    return 1.0 / tl.where(live, ridge + node * traces, 1.0), node
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN, "tokens"])
+def solve(
+    Q, K, G, RIDGE, NODES, STATES, TRACES, XS, X, SLOTS, length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n, tokens,
+    READINGS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """READINGS of one chunk and one head: the last x to X, or all of them to ``XS[0 .. READINGS]``."""
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    k, S, read, E, traces, live, in_k = _chunk(
+        K, G, STATES, TRACES, batch, slot, start, stop, length, heads // group, h // group, gg, k_b, k_t, k_h,
+        D, C, BK, BLOCKS, GATED, OPERAND,
+    )  # fmt: skip
+    row = tl.cast(start, tl.int64)
+    q = tl.load(Q + batch * q_b + h * q_h + row * q_t + rows[:, None] * q_t + ck[None, :], mask=in_k, other=0.0)
+    ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
+    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
+    first = ((batch * length + row) * heads + h) * D
+    out = rows[:, None] * (heads * D) + ck[None, :]
+    step, _ = _step(nodes, ridge, traces, live)
+    x = q.to(tl.float32) * step[:, None]
+    for n in range(1, READINGS + 1):
+        xb = x.to(OPERAND)
+        if XS is not None:
+            tl.store(
+                XS + ((n - 1) * (tl.cast(tokens, tl.int64) * D) + first) + out, xb.to(XS.dtype.element_ty), mask=in_k
+            )
+        scores = tl.dot(xb, tl.trans(k), input_precision=PRECISION) * E
+        y = tl.dot(xb, S, input_precision=PRECISION)
+        y = tl.dot(scores.to(OPERAND), k, y * read[:, None], input_precision=PRECISION)
+        step, _ = _step(nodes + n * n_n, ridge, traces, live)
+        x += step[:, None] * (q.to(tl.float32) - y - ridge[:, None] * x)
+    if XS is not None:
+        tl.store(XS + (READINGS * (tl.cast(tokens, tl.int64) * D) + first) + out, x.to(XS.dtype.element_ty), mask=in_k)
+    else:
+        tl.store(X + first + out, x.to(X.dtype.element_ty), mask=in_k)
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN, "tokens"])
+def adjoint(
+    Q, K, G, RIDGE, NODES, STATES, TRACES, XS, US, DX, DQ, TRACE, YQ, XSU, SLOTS,
+    length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n, tokens,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of ``x_order`` to that of q; ``u_n`` goes to ``US[n - 1]``.
+
+    Dots for `per_token`: trace(S_t) to TRACE, ``y_0 . q`` to YQ, ``x_{n-1} . S u_n`` to ``XSU[n - 1]``.
+    """
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    k, S, read, E, traces, live, in_k = _chunk(
+        K, G, STATES, TRACES, batch, slot, start, stop, length, heads // group, h // group, gg, k_b, k_t, k_h,
+        D, C, BK, BLOCKS, GATED, OPERAND,
+    )  # fmt: skip
+    row = tl.cast(start, tl.int64)
+    token = (batch * length + row + rows) * heads + h
+    first = ((batch * length + row) * heads + h) * D
+    out = rows[:, None] * (heads * D) + ck[None, :]
+    ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
+    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
+    tl.store(TRACE + token, traces, mask=live)
+    y = tl.load(DX + first + out, mask=in_k, other=0.0).to(tl.float32)
+    for i in range(0, ORDER):
+        n = ORDER - i
+        step, _ = _step(nodes + n * n_n, ridge, traces, live)
+        at = (n - 1) * (tl.cast(tokens, tl.int64) * D) + first
+        u = y * step[:, None]
+        ub = u.to(OPERAND)
+        tl.store(US + at + out, ub.to(US.dtype.element_ty), mask=in_k)
+        y -= ridge[:, None] * u
+        scores = tl.dot(ub, tl.trans(k), input_precision=PRECISION) * E
+        Su = tl.dot(ub, S, input_precision=PRECISION) * read[:, None]
+        Su = tl.dot(scores.to(OPERAND), k, Su, input_precision=PRECISION)
+        y -= Su
+        x = tl.load(XS + at + out, mask=in_k, other=0.0).to(tl.float32)
+        tl.store(XSU + (n - 1) * tl.cast(tokens, tl.int64) + token, tl.sum(x * Su, 1), mask=live)
+    step, _ = _step(nodes, ridge, traces, live)
+    pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
+    tl.store(YQ + token, tl.sum(y * tl.load(pq, mask=in_k, other=0.0).to(tl.float32), 1), mask=live)
+    dq = y * step[:, None]
+    tl.debug_barrier()  # what is read now was written by other threads
+    for n in range(0, ORDER):
+        at = n * (tl.cast(tokens, tl.int64) * D) + first
+        dq += tl.load(US + at + out, mask=in_k, other=0.0).to(tl.float32)
+    tl.store(DQ + first + out, dq.to(DQ.dtype.element_ty), mask=in_k)
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", "tokens"])
+def within(
+    Q, K, G, XS, US, DK, UX, UQ, SLOTS, length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, tokens,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The part of k's gradient that comes from readings in the same chunk, to DK ``[B, T, heads, D]``.
+
+    Dots for `per_token`: ``u_n . x_{n-1}`` to ``UX[n - 1]``, ``u_n . q`` to ``UQ[n - 1]``.
+    """
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    live = start + rows < stop
+    row = tl.cast(start, tl.int64)
+    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+    pk = K + (batch * k_b + (h // group) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
+    k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
+    later = rows[:, None] <= rows[None, :]
+    if GATED:
+        c, _ = _decays(G, batch * length + row + rows, live, heads // group // gg, h // group // gg)
+        E = tl.where(later, tl.exp2(c[None, :] - c[:, None]), 0.0)
+    else:
+        E = tl.where(later, 1.0, 0.0)
+    first = ((batch * length + row) * heads + h) * D
+    out = rows[:, None] * (heads * D) + ck[None, :]
+    token = (batch * length + row + rows) * heads + h
+    pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
+    dk = tl.zeros([C, BK], tl.float32)
+    for n in range(0, ORDER):
+        at = n * (tl.cast(tokens, tl.int64) * D) + first
+        x = tl.load(XS + at + out, mask=in_k, other=0.0).to(OPERAND)
+        u = tl.load(US + at + out, mask=in_k, other=0.0).to(OPERAND)
+        by_u = tl.dot(k, tl.trans(u), input_precision=PRECISION) * E
+        dk = tl.dot(by_u.to(OPERAND), x, dk, input_precision=PRECISION)
+        by_x = tl.dot(k, tl.trans(x), input_precision=PRECISION) * E
+        dk = tl.dot(by_x.to(OPERAND), u, dk, input_precision=PRECISION)
+        uf = u.to(tl.float32)
+        to = n * tl.cast(tokens, tl.int64) + token
+        tl.store(UX + to, tl.sum(uf * x.to(tl.float32), 1), mask=live)
+        tl.store(UQ + to, tl.sum(uf * tl.load(pq, mask=in_k, other=0.0).to(tl.float32), 1), mask=live)
+    tl.store(DK + first + out, -dk, mask=in_k)
+
+
+@triton.jit(do_not_specialize=["rows", "length", "heads", *PER_TOKEN])
+def per_token(
+    RIDGE, NODES, TRACE, YQ, XSU, UX, UQ, DRIDGE, DNODES, DTRACE, DC, rows, length, heads,
+    r_b, r_t, r_h, n_b, n_t, n_h, n_n, ORDER: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the numbers per token, from the dots that `adjoint` and `within` left.
+
+    ``dtheta_n = -u_n . (x_n - x_{n-1}) = -(u_n . q - x_{n-1} . S u_n - ridge u_n . x_{n-1}) / theta_n``; DC is what the
+    cumulated decay at the reading token does.
+    """
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    live = i < rows
+    h = i % heads
+    t = (i // heads) % length
+    b = (i // heads) // length
+    ridge = tl.load(RIDGE + (b * r_b + t * r_t + h * r_h), mask=live, other=1.0).to(tl.float32)
+    trace = tl.load(TRACE + i, mask=live, other=0.0)
+    nodes = NODES + (b * n_b + t * n_t + h * n_h)
+    step, node = _step(nodes, ridge, trace, live)
+    dtheta = -step * step * tl.load(YQ + i, mask=live, other=0.0)
+    tl.store(DNODES + i * (ORDER + 1), dtheta * trace, mask=live)
+    dridge = dtheta
+    dtrace = dtheta * node
+    dc = tl.zeros([N], tl.float32)
+    for n in tl.static_range(ORDER):
+        ux = tl.load(UX + n * rows + i, mask=live, other=0.0)
+        uq = tl.load(UQ + n * rows + i, mask=live, other=0.0)
+        xSu = tl.load(XSU + n * rows + i, mask=live, other=0.0)
+        step, node = _step(nodes + (n + 1) * n_n, ridge, trace, live)
+        dtheta = -step * (uq - xSu - ridge * ux)
+        tl.store(DNODES + i * (ORDER + 1) + n + 1, dtheta * trace, mask=live)
+        dridge += dtheta - ux
+        dtrace += dtheta * node
+        dc -= xSu
+    tl.store(DRIDGE + i, dridge, mask=live)
+    tl.store(DTRACE + i, dtrace, mask=live)
+    tl.store(DC + i, dc + dtrace * trace, mask=live)
+
+
+@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "heads", "group", "gg", "tokens"])
+def fold(
+    K, G, XS, US, DTRACE, DK, ADDED, OUT, DOT, ENTER, ENTER_TRACE, LEAVE, LEAVE_TRACE, TOTAL, SLOTS,
+    length, segment, per_sequence, heads, group, gg, k_b, k_t, k_h, e_n, e_h, e_k, e_v, tokens,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATED: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BV columns of the reversed moment -G, walked through a segment: OUT is DK and its readings, and ADDED.
+
+    DOT gets the dots of k with all but ADDED. With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
+    """
+    blocks: tl.constexpr = (D + BV - 1) // BV
+    block = tl.program_id(0) % blocks
+    h = (tl.program_id(0) // blocks) % heads
+    slot = tl.program_id(0) // (blocks * heads)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
+    if sequence < 0:
+        return
+    if LEAVE is not None:
+        if SLOTS is None:
+            if start == 0:
+                return
+        elif (tl.load(SLOTS + slot * 4 + 3) & 1) != 0:
+            return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    cv = block * BV + tl.arange(0, BV)
+    inside = (ck < D)[:, None] & (cv < D)[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    m = 0.0
+    passed = 0.0
+    if ENTER is not None:
+        at = tl.cast(slot if SPLIT else sequence, tl.int64)
+        p = ENTER + at * e_n + h * e_h + ck[:, None] * e_k + cv[None, :] * e_v
+        state = tl.load(p, mask=inside, other=0.0).to(tl.float32)
+        if ENTER_TRACE is not None:
+            m = tl.load(ENTER_TRACE + at * heads + h)
+    K += batch * k_b + (h // group) * k_h
+    chunks = tl.cdiv(stop - start, C)
+    for i in range(0, chunks):
+        t = start + (chunks - 1 - i) * C
+        live = t + rows < stop
+        row = tl.cast(t, tl.int64)
+        token = (batch * length + row + rows) * heads + h
+        in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+        in_v = live[:, None] if D == blocks * BV else live[:, None] & (cv < D)[None, :]
+        dtrace = tl.load(DTRACE + token, mask=live, other=0.0)
+        if GATED:
+            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
+            weight = tl.exp2(c)
+            passed += total
+        if LEAVE is None:
+            pk = K + row * k_t + rows[:, None] * k_t
+            k = tl.load(pk + ck[None, :], mask=in_k, other=0.0).to(OPERAND)
+            kv = tl.load(pk + cv[None, :], mask=in_v, other=0.0).to(tl.float32)
+            acc = -tl.dot(k, state.to(OPERAND), input_precision=PRECISION)
+            later = rows[:, None] <= rows[None, :]
+            if GATED:
+                acc *= tl.exp2(total - c)[:, None]
+                E = tl.where(later, tl.exp2(c[None, :] - c[:, None]), 0.0)
+                mt = m * tl.exp2(total - c) + tl.sum(E * dtrace[None, :], 1)
+            else:
+                mt = m + tl.sum(tl.where(later, dtrace[None, :], 0.0), 1)
+            out = token[:, None] * D + cv[None, :]
+            acc += tl.load(DK + out, mask=in_v, other=0.0) + 2.0 * mt[:, None] * kv
+            if DOT is not None:
+                tl.store(DOT + token * blocks + block, tl.sum(acc * kv, 1), mask=live)
+            acc += tl.load(ADDED + out, mask=in_v, other=0.0).to(tl.float32)
+            tl.store(OUT + out, acc.to(OUT.dtype.element_ty), mask=in_v)
+        if GATED:
+            rho = tl.exp2(total)
+            state *= rho
+            m = m * rho + tl.sum(dtrace * weight, 0)
+        else:
+            m += tl.sum(dtrace, 0)
+        full = token[:, None] * D + ck[None, :]
+        part = token[:, None] * D + cv[None, :]
+        for n in range(0, ORDER):
+            x = tl.load(XS + n * (tl.cast(tokens, tl.int64) * D) + full, mask=in_k, other=0.0).to(OPERAND)
+            u = tl.load(US + n * (tl.cast(tokens, tl.int64) * D) + full, mask=in_k, other=0.0).to(OPERAND)
+            xv = tl.load(XS + n * (tl.cast(tokens, tl.int64) * D) + part, mask=in_v, other=0.0).to(OPERAND)
+            uv = tl.load(US + n * (tl.cast(tokens, tl.int64) * D) + part, mask=in_v, other=0.0).to(OPERAND)
+            if GATED:
+                xv = (xv.to(tl.float32) * weight[:, None]).to(OPERAND)
+                uv = (uv.to(tl.float32) * weight[:, None]).to(OPERAND)
+            state = tl.dot(tl.trans(x), uv, state, input_precision=PRECISION)
+            state = tl.dot(tl.trans(u), xv, state, input_precision=PRECISION)
+    if LEAVE is not None:
+        at = tl.cast(slot, tl.int64) * heads + h
+        tl.store(LEAVE + at * (D * D) + ck[:, None] * D + cv[None, :], state, mask=inside)
+        if block == 0:
+            tl.store(LEAVE_TRACE + at, m)
+            if TOTAL is not None:
+                tl.store(TOTAL + at, passed)
+
+
+class _Sizes:
+    """Shapes, cuts and configuration of one call."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, order: int):
+        self.B, self.T, self.HQ, self.K = q.shape
+        self.HKV, self.V, self.order, self.device = k.shape[2], v.shape[3], order, q.device
+        self.operand, self.precision = operand(q, k)
+        self.dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # of what passes through memory
+        self.config = query_side_config(self.K, self.operand == tl.float32, device_config(q.device)[0])
+        self.columns = min(64, block(self.K))
+        self.blocks = -(-self.K // self.columns)
+        self.segments = cut(self.B, self.T, self.HQ * self.blocks, cu_seqlens, q.device)
+        self.chunks = cut_every(self.config.chunk, self.B, self.T, cu_seqlens, q.device)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=self.device)
+
+
+def _run_states(
+    s: _Sizes, k: Tensor, g: Tensor | None, initial: Tensor | None, final: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(S entering each chunk, its trace by blocks of columns, the final S)."""
+    entered = initial
+    if s.segments.split:
+        entered = accumulate(k, k, g, s.segments, heads=s.HKV, initial=initial)
+    all_states = s.new(s.chunks.slots, s.HKV, s.K, s.K, dtype=s.dtype)
+    traces = s.new(s.chunks.slots, s.HKV, s.blocks)
+    leave = s.new(s.segments.sequences, s.HKV, s.K, s.K) if final else None
+    if k.numel():
+        launch(
+            states, s.segments.slots * s.HKV * s.blocks,
+            k, g, entered, all_states, traces, leave, s.segments.table, s.chunks.table, s.chunks.first,
+            s.T, s.segments.segment, s.segments.per_sequence, s.chunks.per_sequence, s.HKV,
+            s.HKV // g.shape[2] if g is not None else 1, *k.stride()[:3],
+            *((0, 0, 0, 0) if entered is None else entered.stride()),
+            D=s.K, C=s.config.chunk, BK=block(s.K), BV=s.columns, GATED=g is not None, SPLIT=s.segments.split,
+            OPERAND=s.operand, PRECISION=s.precision, warps=4, stages=s.config.states_stages,
+        )  # fmt: skip
+    elif leave is not None:
+        leave.zero_() if initial is None else leave.copy_(initial)
+    return all_states, traces, leave
+
+
+def _common(s: _Sizes, q: Tensor, k: Tensor, g: Tensor | None, ridge: Tensor, nodes: Tensor) -> tuple[tuple, dict]:
+    """Arguments that `solve` and `adjoint` share: sizes and strides; compile-time sizes."""
+    sizes = (s.T, s.chunks.per_sequence, s.HQ, s.HQ // s.HKV, s.HKV // g.shape[2] if g is not None else 1)
+    strides = (*q.stride()[:3], *k.stride()[:3], *ridge.stride(), *nodes.stride())
+    compile_time = dict(
+        D=s.K, C=s.config.chunk, BK=block(s.K), BLOCKS=s.blocks, GATED=g is not None, OPERAND=s.operand,
+        PRECISION=s.precision,
+    )  # fmt: skip
+    return (*sizes, *strides, q.numel() // s.K), compile_time
+
+
+def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces, readings: int, keep: bool) -> Tensor:
+    """x after so many readings ``[B, T, HQ, K]``, or (keep) all of them ``[readings + 1, B, T, HQ, K]``."""
+    shape = (s.B, s.T, s.HQ, s.K)
+    out = s.new(*((readings + 1, *shape) if keep else shape), dtype=s.dtype)
+    sizes, compile_time = _common(s, q, k, g, ridge, nodes)
+    if q.numel():
+        launch(
+            solve, s.chunks.slots * s.HQ,
+            q, k, g, ridge, nodes, all_states, traces, out if keep else None, None if keep else out,
+            s.chunks.table, *sizes, READINGS=readings, **compile_time, warps=s.config.solve_warps,
+            stages=1,
+        )  # fmt: skip
+    return out
+
+
+def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[list[Tensor], list[Tensor]]:
+    """([o] and, if wanted, the final S and P; [x_order])."""
+    scale, final = _decode(plan)
+    order = nodes.shape[-1] - 1
+    s = _Sizes(q, k, v, cu_seqlens, order)
+    all_states, traces, S_final = _run_states(s, k, g, S, final)
+    x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces, order, keep=False)
+    del all_states
+    done = read(x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, final=final, out_dtype=v.dtype)
+    return [done.o, *([S_final, done.final] if final else [])], [x]
+
+
+def _fake(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[list[Tensor], list[Tensor]]:
+    (B, T, HQ, K), (HKV, V) = q.shape, v.shape[2:]
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    x = q.new_empty(B, T, HQ, K, dtype=torch.float32 if q.dtype == torch.float32 else torch.bfloat16)
+    finals = [q.new_empty(N, HKV, K, D, dtype=torch.float32) for D in (K, V)] if _decode(plan)[1] else []
+    return [v.new_empty(B, T, HQ, V), *finals], [x]
+
+
+def _decode(plan: str) -> tuple[float, bool]:
+    scale, final = plan.split("|")
+    return float(scale), final == "1"
+
+
+def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
+    q, k, v, g, ridge, nodes, S, P, cu_seqlens = tensors
+    scale, final = _decode(plan)
+    *finals, x = saved
+    do = grads[0]
+    dS, dP = grads[1:3] if final else (None, None)
+    if do is None:
+        do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
+    order, heads, group = nodes.shape[-1] - 1, q.shape[2], q.shape[2] // k.shape[2]
+    s = _Sizes(q, k, v, cu_seqlens, order)
+    do = do.contiguous()
+    gated = needed[3]
+
+    # The reading of P: o = scale LA(x, k, v; g).
+    ends = None if dP is None else _per_head(dP, group) / scale
+    common = dict(heads=heads, factor=scale, exact=gated)
+    values = read(k, x, do, g, s.segments, reverse=True, initial=ends, final=P is not None, out_dtype=v.dtype, **common)
+    keys = read(
+        v, do, x, g, s.segments, reverse=True, initial=None if ends is None else ends.mT, x=k if gated else None,
+        entered=None if values.entered is None else values.entered.mT, out_dtype=s.dtype, **common,
+    )  # fmt: skip
+    queries = read(
+        do, v, k, g, s.segments, x=x if gated else None, initial=None if P is None else P.mT, out_dtype=s.dtype,
+        **common,
+    )  # fmt: skip
+    dv = sum_heads(values.o, s.HKV)
+
+    # The readings of S.
+    all_states, traces, _ = _run_states(s, k, g, S, final=False)
+    xs = _run_solve(s, q, k, g, ridge, nodes, all_states, traces, order - 1, keep=True)
+    us = torch.empty_like(xs)
+    dq = s.new(*q.shape, dtype=q.dtype)
+    dk = s.new(*q.shape)
+    dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
+    xsu, ux, uq = (s.new(order, s.B, s.T, heads) for _ in range(3))
+    dnodes = s.new(s.B, s.T, heads, order + 1)
+    sizes, compile_time = _common(s, q, k, g, ridge, nodes)
+    if q.numel():
+        launch(
+            adjoint, s.chunks.slots * heads,
+            q, k, g, ridge, nodes, all_states, traces, xs, us, queries.o, dq, trace, yq, xsu,
+            s.chunks.table, *sizes, ORDER=order, **compile_time, warps=s.config.adjoint_warps, stages=1,
+        )  # fmt: skip
+        launch(
+            within, s.chunks.slots * heads,
+            q, k, g, xs, us, dk, ux, uq, s.chunks.table, *sizes[:5], *q.stride()[:3], *k.stride()[:3], s.B * s.T * heads,
+            ORDER=order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=gated, OPERAND=s.operand,
+            PRECISION=s.precision, warps=4, stages=s.config.within_stages,
+        )  # fmt: skip
+        n = dc.numel()
+        launch(
+            per_token, -(-n // 256),
+            ridge, nodes, trace, yq, xsu, ux, uq, dridge, dnodes, dtrace, dc, n, s.T, heads, *ridge.stride(),
+            *nodes.stride(), ORDER=order, N=256,
+        )  # fmt: skip
+    del all_states
+    out, dot = _run_fold(s, k, g, xs, us, dtrace, dk, keys.o, dS, group, gated)
+    dk = sum_heads(out, s.HKV)
+    dg = None
+    if gated:
+        assert g is not None and dot is not None and queries.dot is not None and keys.dot is not None
+        dc += scale * (queries.dot - keys.dot) - 0.5 * dot
+        total = None
+        for state, dstate in zip(finals, (dS, dP), strict=False):
+            if dstate is not None:
+                y = (state * dstate).sum((-1, -2))
+                total = y if total is None else total + y
+        if total is not None:
+            total = sum_heads(total[:, None], g.shape[2])[:, 0]
+        dg = sum_later(sum_heads(dc, g.shape[2]), total, cu_seqlens)
+    dP_initial = None
+    if P is not None and needed[7]:
+        assert values.final is not None
+        dP_initial = (values.final * scale).unflatten(1, (s.HKV, group)).sum(2).to(P.dtype)
+    found = [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), None, dP_initial, None]
+    return [x if need else None for x, need in zip(found, needed, strict=True)]
+
+
+_operation = Operation("query_side", _forward, _fake, _backward, lambda plan: 1)
+
+
+def _per_head(dstate: Tensor, group: int) -> Tensor:
+    """The gradient of a state that a group of heads shares, given to the first of them."""
+    if group == 1:
+        return dstate
+    y = dstate.new_zeros(dstate.shape[0], dstate.shape[1] * group, *dstate.shape[2:])
+    y[:, ::group] = dstate
+    return y
+
+
+def _run_fold(s: _Sizes, k, g, xs, us, dtrace, dk, added, dS, group, wants_dot) -> tuple[Tensor, Tensor | None]:
+    """(gradient of k per head of q, the dots of k with what S has in it)."""
+    heads, shape = s.HQ, s.segments
+    out = s.new(s.B, s.T, heads, s.K, dtype=k.dtype)
+    dot = s.new(s.B, s.T, heads, s.blocks) if wants_dot else None
+    enter_trace = None
+    enter_state = None if dS is None else -_per_head(dS + dS.mT, group)
+
+    def walked(leave, leave_trace, total) -> None:
+        if not k.numel():
+            return
+        entering = None if leave is not None else enter_state
+        launch(
+            fold, shape.slots * heads * s.blocks,
+            k, g, xs, us, dtrace, dk, added, out, dot, entering, enter_trace, leave, leave_trace, total,
+            shape.table, s.T, shape.segment, shape.per_sequence, heads, group,
+            heads // g.shape[2] if g is not None else 1, *k.stride()[:3],
+            *((0, 0, 0, 0) if entering is None else entering.stride()), s.B * s.T * heads,
+            ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K), BV=s.columns, GATED=g is not None,
+            SPLIT=shape.split, OPERAND=s.operand, PRECISION=s.precision, warps=4,
+            stages=s.config.fold_stages,
+        )  # fmt: skip
+
+    if shape.split:
+        moments, m = s.new(shape.slots, heads, s.K, s.K), s.new(shape.slots, heads)
+        total = s.new(shape.slots, heads) if g is not None else None
+        walked(moments, m, total)
+        enter(moments, total, enter_state, shape, reverse=True)
+        enter(m[..., None, None], total, None, shape, reverse=True)
+        enter_state, enter_trace = moments, m
+    walked(None, None, None)
+    return out, None if dot is None else dot.sum(-1)
+
+
+def run(call: Call) -> tuple[Tensor, State | None]:
+    """`hla_q` for head sizes up to `LARGEST`."""
+    c = call
+    assert c.nodes is not None
+    ridge = c.ridge
+    if not isinstance(ridge, Tensor):
+        ridge = torch.full((1, 1, 1), ridge, dtype=torch.float32, device=c.q.device).expand(c.q.shape[:3])
+    S, P = (None, None) if c.initial_state is None else c.initial_state
+    o, *finals = _operation(
+        f"{c.scale}|{int(c.output_final_state)}", 3 if c.output_final_state else 1,
+        *(y if y.stride(-1) == 1 or y.shape[-1] == 1 else y.contiguous() for y in (c.q, c.k, c.v)),
+        None if c.g is None else c.g.float().contiguous(), ridge, c.nodes, S, P, c.cu_seqlens,
+    )  # fmt: skip
+    return o, HLAQState(*finals) if c.output_final_state else None
+
+
+def supports(call: Call) -> bool:
+    """Whether `run` does this call (it has no gradient for the initial S, and no large heads)."""
+    S = None if call.initial_state is None else call.initial_state[0]
+    return call.q.shape[-1] <= LARGEST and not (S is not None and S.requires_grad and torch.is_grad_enabled())

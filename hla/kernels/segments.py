@@ -1,0 +1,188 @@
+"""How sequences are cut into segments that are walked in parallel, and the fold of what the segments accumulated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hla.kernels.configs import device_config
+from hla.kernels.launch import launch
+
+INVARIANT_SEGMENT = 2048
+SHORTEST_SEGMENT = 256  # a split costs another pass over keys and values, and one more launch
+_batch_invariant = False
+
+
+@contextlib.contextmanager
+def batch_invariant(enabled: bool = True) -> Iterator[None]:
+    """Inside, the split of a sequence depends on its length alone, never on the batch or the number of heads.
+
+    A sequence then gives the same bits in every batch (by default the split fills the card, and with it changes the
+    order of float32 sums). It costs speed where few sequences are long.
+    """
+    global _batch_invariant
+    before, _batch_invariant = _batch_invariant, enabled
+    try:
+        yield
+    finally:
+        _batch_invariant = before
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Segments of a batch: ``slots`` of them, at most ``segment`` tokens each.
+
+    Sequences of one length T: slot ``b * per_sequence + i``. Packed ones: ``table [slots, 4]`` on the device holds
+    (sequence or -1, start, stop, 1 if first + 2 if last), ``first [N + 1]`` the first slot of each sequence.
+    """
+
+    sequences: int
+    length: int
+    segment: int
+    per_sequence: int
+    slots: int
+    table: Tensor | None = None
+    first: Tensor | None = None
+
+    @property
+    def split(self) -> bool:
+        return self.slots > self.sequences
+
+
+def cut(batch: int, length: int, programs: int, cu_seqlens: Tensor | None, device: torch.device) -> Cut:
+    """Cuts so that the card is filled; ``programs``: how many one segment occupies (heads x blocks of columns)."""
+    wanted = 2 * device_config(device)[1]
+    total = batch * length
+    if _batch_invariant:
+        segment = INVARIANT_SEGMENT
+    elif cu_seqlens is None:
+        pieces = max(1, round(wanted / max(1, batch * programs)))
+        segment = max(SHORTEST_SEGMENT, -(-length // pieces))
+    else:
+        segment = max(SHORTEST_SEGMENT, -(-total * programs // wanted))
+    return cut_every(-(-segment // 64) * 64, batch, length, cu_seqlens, device)
+
+
+def cut_every(segment: int, batch: int, length: int, cu_seqlens: Tensor | None, device: torch.device) -> Cut:
+    """Segments of this many tokens; the last one of a sequence may be shorter."""
+    if cu_seqlens is None:
+        per_sequence = max(1, -(-length // segment))
+        return Cut(batch, length, segment, per_sequence, batch * per_sequence)
+    sequences = cu_seqlens.numel() - 1
+    slots = length // segment + sequences
+    table = torch.full((slots, 4), -1, dtype=torch.int32, device=device)
+    first = torch.empty(sequences + 1, dtype=torch.int32, device=device)
+    launch(_table, sequences, cu_seqlens, table, first, sequences, segment, N=1024)
+    return Cut(sequences, length, segment, 0, slots, table, first)
+
+
+@triton.jit(do_not_specialize=["sequences", "segment"])
+def _table(CU, TABLE, FIRST, sequences, segment, N: tl.constexpr):
+    """Program n writes the rows of sequence n, after those of all sequences before it."""
+    n = tl.program_id(0)
+    row = 0
+    for i in range(0, tl.cdiv(n, N)):
+        m = i * N + tl.arange(0, N)
+        lengths = tl.load(CU + m + 1, mask=m < n, other=0) - tl.load(CU + m, mask=m < n, other=0)
+        row += tl.sum(tl.where(m < n, tl.maximum(tl.cdiv(lengths.to(tl.int32), segment), 1), 0), 0)
+    start = tl.load(CU + n).to(tl.int32)
+    stop = tl.load(CU + n + 1).to(tl.int32)
+    count = tl.maximum(tl.cdiv(stop - start, segment), 1)
+    for i in range(0, count):
+        p = TABLE + (row + i) * 4
+        tl.store(p, n)
+        tl.store(p + 1, start + i * segment)
+        tl.store(p + 2, tl.minimum(start + (i + 1) * segment, stop))
+        tl.store(p + 3, tl.where(i == 0, 1, 0) + tl.where(i == count - 1, 2, 0))
+    tl.store(FIRST + n, row)
+    if n == sequences - 1:
+        tl.store(FIRST + n + 1, row + count)
+
+
+def enter(states: Tensor, totals: Tensor | None, initial: Tensor | None, shape: Cut, reverse: bool) -> None:
+    """In place: from what each segment accumulated to the state that enters it.
+
+    Args:
+        states: ``[slots, H, K, V]`` float32; what the last segment of each sequence holds is not read.
+        totals: ``[slots, H]`` log2-decay over each segment, or None. initial: ``[sequences, H, K, V]`` or None.
+    """
+    _, heads, K, V = states.shape
+    size, block = K * V, 1024
+    strides = (0, 0, 0, 0) if initial is None else initial.stride()
+    launch(
+        _enter, triton.cdiv(size, block) * heads * shape.sequences, states, totals, initial, shape.first, shape.per_sequence, heads, size, V, *strides,
+        REVERSE=reverse, BLOCK=block,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["per_sequence", "heads", "size", "V", "i_n", "i_h", "i_k", "i_v"])
+def _enter(
+    STATES, TOTALS, INITIAL, FIRST, per_sequence, heads, size, V, i_n, i_h, i_k, i_v,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(size, BLOCK)
+    x = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    h = (tl.program_id(0) // blocks) % heads
+    n = tl.program_id(0) // (blocks * heads)
+    inside = x < size
+    if FIRST is None:
+        first, count = n * per_sequence, per_sequence
+    else:
+        first = tl.load(FIRST + n)
+        count = tl.load(FIRST + n + 1) - first
+    carry = tl.zeros([BLOCK], tl.float32)
+    if INITIAL is not None:
+        p = INITIAL + tl.cast(n, tl.int64) * i_n + h * i_h + (x // V) * i_k + (x % V) * i_v
+        carry = tl.load(p, mask=inside, other=0.0).to(tl.float32)
+    for i in range(0, count):
+        slot = first + (count - 1 - i if REVERSE else i)
+        p = STATES + (tl.cast(slot, tl.int64) * heads + h) * size + x
+        own = tl.zeros([BLOCK], tl.float32)
+        if i < count - 1:
+            own = tl.load(p, mask=inside, other=0.0)
+        tl.store(p, carry, mask=inside)
+        if i < count - 1:
+            if TOTALS is not None:
+                carry *= tl.exp2(tl.load(TOTALS + slot * heads + h))
+            carry += own
+
+
+def sum_later(dc: Tensor, at_ends: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``sum_{s >= t} dc_s`` within each sequence, ``[B, T, H]`` float32; ``at_ends [N, H]`` is added at last tokens."""
+    out = torch.empty_like(dc, memory_format=torch.contiguous_format)
+    B, T, H = dc.shape
+    sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
+    blocks = triton.cdiv(H, 16)
+    if out.numel():
+        ends = None if at_ends is None else at_ends.float().contiguous()
+        launch(_sum_later, sequences * blocks, dc.contiguous(), ends, cu_seqlens, out, T, H, blocks, ROWS=256, HEADS=16)
+    return out
+
+
+@triton.jit(do_not_specialize=["length", "heads", "blocks"])
+def _sum_later(DC, ENDS, CU, OUT, length, heads, blocks, ROWS: tl.constexpr, HEADS: tl.constexpr):
+    n = tl.program_id(0) // blocks
+    h = (tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)
+    if CU is None:
+        start = tl.cast(n, tl.int64) * length
+        stop = start + length
+    else:
+        start = tl.load(CU + n).to(tl.int64)
+        stop = tl.load(CU + n + 1).to(tl.int64)
+    carry = tl.zeros([HEADS], tl.float64)
+    if ENDS is not None:
+        carry += tl.load(ENDS + n * heads + h, mask=h < heads, other=0.0)
+    for i in range(0, tl.cdiv(stop - start, ROWS)):
+        t = stop - (i + 1) * ROWS + tl.arange(0, ROWS)
+        inside = (t >= start)[:, None] & (h < heads)[None, :]
+        at = t[:, None] * heads + h[None, :]
+        x = tl.load(DC + at, mask=inside, other=0.0)
+        later = tl.cumsum(x, 0, reverse=True)
+        tl.store(OUT + at, (later + carry[None, :]).to(tl.float32), mask=inside)
+        carry += tl.sum(x, 0)

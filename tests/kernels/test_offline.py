@@ -1,0 +1,194 @@
+"""What the kernels need of a card, seen without one: they are compiled for it here, and their launches counted.
+
+Shared memory over the limit of the card fails at the first launch; spilled registers make a kernel several times
+slower; a kernel that is compiled anew for another length stops a training run for seconds. The kernels of this process
+are interpreted (see tests/conftest.py), so processes of their own record what operators launch, forward and backward.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448}  # bytes a block may have, by compute capability
+
+# (capability, K, V, dtype, gate): bytes a thread may spill, about a quarter above what Triton 3.6 and 3.9 need. A few
+# hundred stay in the first cache. Capability 89 has the configurations, the limits and the code of 86.
+MAY_SPILL = {
+    (90, 128, 128, "bfloat16", False): 64,
+    (90, 128, 128, "bfloat16", True): 640,
+    (90, 64, 64, "bfloat16", True): 96,
+    (90, 128, 64, "bfloat16", True): 640,
+    (90, 256, 256, "bfloat16", True): 1200,
+    (90, 128, 128, "float32", True): 2250,
+    (90, 128, 128, "float16", True): 64,
+    (80, 128, 128, "bfloat16", True): 2200,
+    (86, 64, 64, "bfloat16", True): 480,
+    (86, 128, 128, "bfloat16", True): 2100,
+    (89, 256, 256, "bfloat16", True): 3300,
+}
+PROCESSES = 2
+
+
+def record_operator(
+    op: str, B: int, T: int, heads: int, K: int, V: int, dtype: str, lengths=(), gate=True, per_token=(), **kw
+) -> list:
+    """What an operator launches forward and backward. per_token: names of arguments with a number per query head."""
+    import torch
+
+    import hla.kernels
+    from hla.ops.checks import check_call
+    from tests.kernels.offline import record
+
+    new = lambda *shape, dtype=torch.float32: torch.zeros(B, T, *shape, dtype=dtype, requires_grad=True)  # noqa: E731
+    q, k, v = (new(h, D, dtype=getattr(torch, dtype)) for h, D in ((heads, K), (1, K), (1, V)))
+    kw |= {name: (new(heads) + 0.5).detach().requires_grad_() for name in per_token}
+    cu = torch.tensor([0, *lengths]).cumsum(0).int() if lengths else None
+    call = check_call(op, q, k, v, g=new(1) if gate else None, cu_seqlens=cu, **kw)
+    return record(lambda: hla.kernels.run(call)[0].sum().backward())
+
+
+def launches_of(capability: int, K: int, V: int, dtype: str, gate: bool) -> list:
+    """Of what hla2 launches on such a card: the first, and of those that add or reverse (and dot) the first each."""
+    import hla.kernels  # noqa: F401 - to be patched
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hla.kernels") and hasattr(module, "device_config"):
+            module.device_config = lambda device: (divmod(capability, 10), 132)
+    picked = {}
+    for launch in record_operator("hla2", 1, 512, 1, K, V, dtype, gate=gate, p="k", ridge=0.5):
+        x = launch.arguments
+        kind = (launch.kernel.__name__, bool(x.get("ADD")), bool(x.get("REVERSE")), x.get("DOT") is not None)
+        if launch.kernel.__name__ != "walk" or kind[1:] in ((False,) * 3, (True, False, gate), (False, True, gate)):
+            picked.setdefault(kind, launch)
+    return list(picked.values())
+
+
+def compile_rows(rows: list) -> list[list]:
+    """``[row, kernel, registers, spilled, shared]`` of everything the rows launch."""
+    import triton
+
+    from tests.kernels import offline
+
+    triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+    results = []
+    for row in rows:
+        for launch in launches_of(*row):
+            # The report of the run of the assembler by Triton itself, whose choice of flags and version is its own.
+            log = io.StringIO()
+            offline._assembler_report = lambda ptx, capability, log=log: log.getvalue()
+            with contextlib.redirect_stdout(log):
+                results.append([row, *offline.compiled(launch, row[0])])
+    return results
+
+
+# Every kernel, and per-token numbers. Not `normalize`: it reads and writes tensors [B, T, H, 1], whose strides are not
+# all multiples of 16 for every T.
+OPERATORS = {
+    "linear_attn": {},
+    "hla2": {},
+    "ahla": {},
+    "hla3": dict(per_token=("ridge", "value_ridge")),
+    "hla_n": dict(order=5),
+    "hla_q": dict(per_token=("ridge",)),
+}
+WHOLE_SPLIT_PACKED = ((2, 128), (1, 2048), (1, 2048, (1000, 1048)), (1, 96, (96,)))
+OTHERS = (
+    *((3, 131), (1, 17), (5, 1), (1, 1), (7, 100), (1, 5001), (2, 4096)),
+    *((1, 1777, (7, 0, 1500, 270)), (1, 9, (1,) * 9)),
+)
+
+
+def compilation(launch) -> str:
+    """What Triton compiles a kernel anew for."""
+    from torch import Tensor
+
+    kinds = []
+    for parameter in launch.kernel.params:
+        x = launch.arguments[parameter.name]
+        if parameter.is_constexpr or x is None:
+            kinds.append(f"{parameter.name}={x}")
+        elif isinstance(x, Tensor):
+            kinds.append(f"{parameter.name}:{x.dtype}")
+        elif isinstance(x, int) and not parameter.do_not_specialize:
+            kinds.append(f"{parameter.name}={1 if x == 1 else 'multiple of 16' if x % 16 == 0 else 'int'}")
+    return " ".join([launch.kernel.__name__, *kinds, *map(str, launch.options.items())])
+
+
+def count_compilations(names: list[str]) -> dict[str, list]:
+    """By operator: what the calls of `OTHERS` compile that those of `WHOLE_SPLIT_PACKED` have not."""
+    results = {}
+    for name in names:
+        kinds: list[set] = []
+        for calls in (WHOLE_SPLIT_PACKED, OTHERS):
+            kinds.append(set())
+            for B, T, *lengths in calls:
+                launches = record_operator(name, B, T, 4, 64, 64, "bfloat16", *lengths, **OPERATORS[name])
+                kinds[-1] |= {compilation(launch) for launch in launches}
+        results[name] = sorted(kinds[1] - kinds[0])
+    return results
+
+
+def start(task: str, what: list) -> subprocess.Popen:
+    """A process whose kernels are not interpreted."""
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__, task, json.dumps(what)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def result(process: subprocess.Popen):
+    output, errors = process.communicate()
+    assert process.returncode == 0, errors
+    return json.loads(output)
+
+
+@pytest.fixture(scope="module")
+def needs():
+    """What every kernel of every row needs, by row."""
+    pytest.importorskip("triton")
+    rows, found = list(MAY_SPILL), {}
+    for process in [start("compile_rows", rows[i::PROCESSES]) for i in range(PROCESSES)]:
+        for row, *rest in result(process):
+            found.setdefault(tuple(row), []).append(rest)
+    return found
+
+
+@pytest.fixture(scope="module")
+def compiled_anew():
+    pytest.importorskip("triton")
+    return result(start("count_compilations", list(OPERATORS)))
+
+
+row = pytest.mark.parametrize("row", MAY_SPILL, ids=lambda x: "-".join(map(str, x)))
+
+
+@row
+def test_kernels_stay_below_the_shared_memory_of_the_card(row, needs):
+    assert needs[row]
+    for kernel, _, _, shared in needs[row]:
+        assert shared <= SHARED[row[0]], kernel
+
+
+@row
+def test_kernels_spill_no_more_than_their_row_may(row, needs):
+    for kernel, registers, spilled, _ in needs[row]:
+        assert spilled <= MAY_SPILL[row], f"{kernel} with {registers} registers"
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_other_lengths_batches_and_packings_compile_nothing(name, compiled_anew):
+    assert compiled_anew[name] == []
+
+
+if __name__ == "__main__":
+    task = {"compile_rows": compile_rows, "count_compilations": count_compilations}[sys.argv[1]]
+    print(json.dumps(task(json.loads(sys.argv[2]))))

@@ -1,0 +1,286 @@
+"""The fused decode step equals the PyTorch step: on a GPU compiled, elsewhere in Triton's interpreter."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("needs Triton", allow_module_level=True)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which the next line does
+
+from hla.kernels import step as kernel  # noqa: E402
+from hla.ops import recurrent  # noqa: E402
+from hla.ops.checks import Call, check_call  # noqa: E402
+from tests.ops.cases import CASES, Inputs, assert_close, assert_states_close  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Sums of the same float32 products in another order. hla_q subtracts what nearly cancels: from the empty state, either
+# form is a few 1e-6 away from float64.
+ROUNDING = 2e-6
+ROUNDING_HLA_Q = 1e-5
+
+HAVE_KERNELS = [(n, o) for n, o in CASES if n not in ("ahla3", "hla_n4", "hla_n5")]
+# Every path through the kernels: the switches alone and together, and the query side.
+PATHS = {
+    "linear_attn": {},
+    "hla2": dict(ridge=0.3),
+    "ahla": dict(gain=-0.7),
+    "hla3": dict(ridge=0.3, value_ridge=0.4),
+    "hla_q": dict(order=3, ridge=0.5),
+}
+path = pytest.mark.parametrize("op", PATHS)
+
+
+@pytest.fixture(autouse=True)
+def _exact_float32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def make(op: str, *, B=2, HQ=4, HKV=2, K=19, V=21, dtype=torch.float32, gate=True, **kw) -> Call:
+    """A call with random inputs."""
+    q, k, v = (torch.randn(B, H, D, device=DEVICE).to(dtype) for H, D in ((HQ, K), (HKV, K), (HKV, V)))
+    g = -torch.rand(B, HKV, device=DEVICE) if gate else None
+    return check_call(op, q, k, v, g=g, one_token=True, **{**PATHS[op], **kw})
+
+
+def like(state, function):
+    return type(state)(*(None if x is None else function(x) for x in state))
+
+
+def some_state(call: Call, rows: int = 2):
+    """A state as tokens would leave it: S is symmetric and nonnegative, the rest is anything."""
+    state = like(recurrent.empty_state(call, rows), torch.randn_like)
+    if getattr(state, "S", None) is None:
+        return state
+    return state._replace(S=state.S @ state.S.mT)
+
+
+def assert_equals_torch(call: Call, state, tolerance: float = 0.0):
+    o, new = kernel.fused_step(call, state)
+    truth, true_state = recurrent.update(call, state if state is not None else recurrent.empty_state(call, 2))
+    assert o.dtype == truth.dtype
+    assert_close(o, truth, max(tolerance, ROUNDING_HLA_Q if call.op == "hla_q" else ROUNDING), "o")
+    assert_states_close(new, true_state, ROUNDING)
+
+
+@pytest.mark.parametrize("name,option", HAVE_KERNELS)
+def test_kernel_equals_the_pytorch_step(name, option):
+    x = Inputs(name, option, T=1, dtype=torch.float32, K=19, V=21)
+    at = lambda y: (y[:, 0] if y.dim() > 2 else y).to(DEVICE) if isinstance(y, Tensor) else y  # noqa: E731
+    kw = {n: at(y) for n, y in x.kw.items()}
+    call = check_call(x.op, at(x.q), at(x.k), at(x.v), one_token=True, **kw)
+    assert kernel.supports(call)
+    state = some_state(call)
+    if call.normalize:  # a denominator far from zero, or rounding is all that is left
+        state = like(state, torch.abs)
+    assert_equals_torch(call, state)
+
+
+@pytest.mark.parametrize("name", ["hla_n2", "hla_n3"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_orders_of_hla_n_that_are_hla2_and_hla3(name, normalize):
+    q, k, v = (torch.rand(2, H, D, device=DEVICE) for H, D in ((4, 19), (2, 19), (2, 21)))
+    call = check_call(
+        "hla_n", q, k, v, order=int(name[-1]), normalize=normalize, eps=0.5, ridge=0.3, gain=0.7, one_token=True
+    )
+    assert_equals_torch(call, like(some_state(call), torch.abs))
+
+
+@pytest.mark.parametrize("order", [1, 4])
+def test_without_nodes_the_kernel_makes_chebyshevs(order):
+    call = make("hla_q", order=order)
+    state = some_state(call)
+    truth, _ = kernel.fused_step(call, state)
+    call.nodes = None
+    o, _ = kernel.fused_step(call, state)
+    assert_close(o, truth, ROUNDING_HLA_Q)
+
+
+@path
+@pytest.mark.parametrize("HQ,HKV,p", [(1, 1, "q"), (6, 2, "q"), (6, 2, "k"), (5, 1, "k"), (3, 3, "q")])
+def test_grouped_heads(op, HQ, HKV, p):
+    p = {} if op in ("linear_attn", "hla_q") else dict(p=p)
+    call = make(op, HQ=HQ, HKV=HKV, **p)
+    assert_equals_torch(call, some_state(call))
+
+
+@path
+@pytest.mark.parametrize("K,V", [(1, 1), (3, 70), (130, 5), (64, 48), (33, 256)])
+@pytest.mark.parametrize("few", [0, 264])
+def test_any_head_size_and_both_block_sizes(op, K, V, few, monkeypatch):
+    monkeypatch.setattr(kernel, "FEW_PROGRAMS", few)
+    call = make(op, K=K, V=V, B=1, HQ=2, HKV=1)
+    assert_equals_torch(call, some_state(call, 1))
+
+
+@pytest.mark.parametrize("op", [op for op in PATHS if op != "hla_q"])
+def test_normalised_in_both_block_sizes(op, monkeypatch):
+    for few in (0, 264):
+        monkeypatch.setattr(kernel, "FEW_PROGRAMS", few)
+        call = make(op, V=70, K=40, normalize=True, eps=0.5)
+        for name in ("q", "k", "v"):
+            setattr(call, name, getattr(call, name).abs())
+        call.p = call.q
+        call.gain = call.ridge = call.value_ridge = 0.3 if op != "linear_attn" else 0.0
+        assert_equals_torch(call, like(some_state(call), torch.abs))
+
+
+@path
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_inputs(op, dtype):
+    """Inputs are widened exactly, so that only the rounding of o is left."""
+    call = make(op, dtype=dtype, K=32, V=24)
+    assert_equals_torch(call, some_state(call), torch.finfo(dtype).eps)
+
+
+@path
+def test_the_empty_state(op):
+    assert_equals_torch(make(op), None)
+
+
+@path
+@pytest.mark.parametrize("normalize", [False, True])
+def test_in_place_equals_out_of_place(op, normalize):
+    call = make(op, HQ=6, normalize=normalize and op != "hla_q", eps=0.5)
+    before = some_state(call)
+    kept = like(before, Tensor.clone)
+    o, new = kernel.fused_step(call, before)
+    assert_states_close(before, kept, 0.0)
+    addresses = [x.data_ptr() for x in before if x is not None]
+    o2, returned = kernel.fused_step(call, before, before)
+    assert returned is before and addresses == [x.data_ptr() for x in before if x is not None]
+    assert torch.equal(o, o2)
+    assert_states_close(before, new, 0.0)
+
+
+@path
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_slots(op, dtype):
+    """Rows picked by state_indices advance as they would alone; the others are untouched."""
+    call = make(op)
+    index = torch.tensor([[3, 0], [1, 0]], dtype=dtype, device=DEVICE)[:, 0]  # not contiguous
+    slots = some_state(call, 5)
+    before = like(slots, Tensor.clone)
+    o, alone = kernel.fused_step(call, like(slots, lambda x: x[index.long()]))
+    o2, copy = kernel.fused_step(call, slots, None, index)
+    assert_states_close(slots, before, 0.0)
+    o3, other = kernel.fused_step(call, slots, like(slots, lambda x: torch.full_like(x, 7)), index)
+    o4, same = kernel.fused_step(call, slots, slots, index)
+    assert all(torch.equal(o, x) for x in (o2, o3, o4)) and same is slots
+    for fields in zip(alone, before, copy, slots, other, strict=True):
+        if fields[0] is None:
+            continue
+        advanced, old, *written, out = fields
+        for x in (*written, out):
+            assert torch.equal(x[[3, 1]], advanced)
+        for x in written:
+            assert torch.equal(x[[0, 2, 4]], old[[0, 2, 4]])
+        assert (out[[0, 2, 4]] == 7).all()
+
+
+@path
+def test_slots_may_start_empty(op):
+    call = make(op)
+    slots = some_state(call, 5)
+    before = like(slots, Tensor.clone)
+    o, new = kernel.fused_step(call, None)
+    o2, _ = kernel.fused_step(call, None, slots, torch.tensor([3, 1], device=DEVICE))
+    assert torch.equal(o, o2)
+    for x, y, old in zip(new, slots, before, strict=True):
+        assert x is None or (torch.equal(y[[3, 1]], x) and torch.equal(y[[0, 2, 4]], old[[0, 2, 4]]))
+
+
+@path
+def test_strided_inputs_and_states(op):
+    """Views into one projection, a last dimension with gaps, and the rows of one layer of a cache of all layers."""
+    call = make(op, K=16, V=16, HQ=2)
+    cache = like(some_state(call), lambda x: torch.stack([x, x, x], 1))
+    layer = like(cache, lambda x: x[:, 1])
+    assert not any(x.is_contiguous() for x in layer if x is not None) and kernel.supports(call, layer)
+    truth, true_state = recurrent.update(call, layer)
+
+    together = torch.cat([call.q, call.k, call.v], 1)
+    call.q, call.k = together[:, :2], together[:, 2:4]
+    call.p = call.q
+    call.v = torch.stack([call.v, call.v], -1)[..., 0]
+    call.g = torch.stack([call.g, call.g], -1)[..., 0]
+    before = like(cache, Tensor.clone)
+    o, _ = kernel.fused_step(call, layer, layer)
+    assert_close(o, truth, ROUNDING)
+    assert_states_close(layer, true_state, ROUNDING)
+    for x, y in zip(cache, before, strict=True):
+        assert x is None or (torch.equal(x[:, 0], y[:, 0]) and torch.equal(x[:, 2], y[:, 2]))
+
+
+@path
+def test_states_in_bfloat16_are_rounded_once(op):
+    """Outputs come from the state before it is rounded. (The interpreter cuts off where a GPU rounds to nearest.)"""
+    call = make(op, K=32, V=32)
+    state = like(some_state(call), Tensor.bfloat16)
+    o, new = kernel.fused_step(call, state)
+    truth, true_state = kernel.fused_step(call, like(state, Tensor.float))
+    assert torch.equal(o, truth)
+    for x, y in zip(new, true_state, strict=True):
+        if x is not None:
+            assert x.dtype == torch.bfloat16
+            torch.testing.assert_close(x.float(), y, rtol=2**-8 if DEVICE == "cuda" else 2**-7, atol=0.0)
+
+
+def test_what_is_left_to_pytorch():
+    refused = [make("ahla", order=3), make("ahla")]
+    refused[1].q = refused[1].q.requires_grad_()
+    q = torch.randn(2, 2, 8, device=DEVICE)
+    refused += [check_call("hla_n", q, q, q, order=n, one_token=True) for n in (4, 5)]
+    refused += [check_call("hla2", q.double(), q.double(), q.double(), one_token=True)]
+    assert not any(kernel.supports(call) for call in refused)
+    with torch.no_grad():
+        assert kernel.supports(refused[1])
+    call = make("hla2", K=16, V=16)
+    assert not kernel.supports(call, like(some_state(call), lambda x: x.mT.contiguous().mT))
+    assert [kernel.supports(check_call(op, q, q, q, order=1, one_token=True)) for op in ("ahla", "hla_n")] == [True] * 2
+
+
+def test_no_rows():
+    call = make("hla2", B=0)
+    o, state = kernel.fused_step(call, None)
+    assert o.shape == (0, 4, 21) and state.S.shape[0] == 0
+
+
+@path
+def test_under_torch_compile_without_a_graph_break(op):
+    """In place and in slots: what the operator writes is declared, so that the compiled call writes it too."""
+    call = make(op, K=8, V=8)
+    index = torch.tensor([3, 1], device=DEVICE)
+
+    def run(q, k, v, state):
+        c = check_call(op, q, k, v, g=call.g, one_token=True, **PATHS[op])
+        assert kernel.supports(c, state)
+        return kernel.fused_step(c, state, state, index)[0] * 2
+
+    eager = some_state(call, 5)
+    compiled = like(eager, Tensor.clone)
+    truth = run(call.q, call.k, call.v, eager)
+    o = torch.compile(run, fullgraph=True, backend="aot_eager")(call.q, call.k, call.v, compiled)
+    assert torch.equal(o, truth)
+    assert_states_close(compiled, eager, 0.0)
+
+
+@path
+def test_the_operator_keeps_its_schema(op, monkeypatch):
+    """It writes what it says it writes, returns nothing of what it was given, and its fake has the right shape."""
+    seen = []
+    monkeypatch.setattr(kernel, "_launch", lambda *args: seen.append(args) or args[2].new_zeros(2, 4, 8))
+    call = make(op, K=8, V=8)
+    state = some_state(call)
+    kernel.fused_step(call, state, state)
+    kernel.fused_step(call, state)
+    monkeypatch.undo()
+    for args in seen:
+        torch.library.opcheck(torch.ops.hla.step.default, args, test_utils=("test_schema", "test_faketensor"))
