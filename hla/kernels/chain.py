@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hla.kernels.fused import fits, fused, matches
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import Read, read, row_dot, sum_heads
 from hla.kernels.segments import Cut, cut, sum_later
@@ -132,7 +133,7 @@ class _Sizes:
         self.passed = torch.float32 if all(x[n].dtype == torch.float32 for n in plan.tensors) else torch.bfloat16
         self.gate = 1 if g is None else g.shape[2]
         self.of = {name: (x[name].shape[2], x[name].shape[3]) for name in plan.tensors}
-        self.states, self.outputs = [], []
+        self.states: list[tuple[int, int, int]] = []
         for s in plan.stages:
             state = max(self.of[s.keys][0], self.of[s.values][0], self.gate)
             self.states.append((state, self.of[s.keys][1], self.of[s.values][1]))
@@ -143,14 +144,23 @@ class _Sizes:
         return cut(self.batch, self.length, programs, cu_seqlens, self.device)
 
 
-def _forward(plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tensor) -> tuple[list, list]:
+def _forward(
+    plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tensor, keep: bool
+) -> tuple[list[Tensor], list[Tensor]]:
     """(outputs, and final states if wanted; what stages pass on)."""
     p = decode(plan)
     x, initial = p.unflatten(flat)
     sizes = _Sizes(p, x, g)
     shape = sizes.cut(cu_seqlens)
+    pattern = matches(p)
+    if pattern is not None and fits(pattern, x, g, shape):
+        together = fused(
+            pattern, x, g, shape, initial=initial, final=p.finals, keep=keep, out_dtype=DTYPES[p.outputs[0][1]],
+            kept_dtype=sizes.passed,
+        )  # fmt: skip
+        return [together.o, *together.finals], together.kept
     dtypes = dict(p.outputs)
-    finals = []
+    finals: list[Tensor] = []
     for i, s in enumerate(p.stages):
         (ridge, residual), *more = s.residuals or ((0.0, None),)
         done = read(
@@ -162,7 +172,7 @@ def _forward(plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tens
         for ridge, residual in more:
             done.o.add_(_times(_number(ridge, x), x[residual]))
         x[s.out] = done.o
-        finals += [done.final] if p.finals else []
+        finals += [] if done.final is None else [done.final]
     return [*(x[name] for name in dtypes), *finals], [x[name] for name in p.kept]
 
 
@@ -289,14 +299,15 @@ class _Backward:
         ridge = _number(fused[0][0], self.x) if fused else 0.0
         wants_dot = self.gated or isinstance(gain, Tensor)
         queries = self.reading(
-            s.query, dy, v, k, reverse=reverse, factor=gain, x=q if wants_dot else None, ridge=ridge,
-            residual=dy if fused else None, initial=None if initial is None else initial.mT, **common,
+            s.query, dy, v, k, reverse=reverse, factor=gain, x=q if wants_dot else None,
+            own=self.gated and isinstance(gain, Tensor), ridge=ridge, residual=dy if fused else None,
+            initial=None if initial is None else initial.mT, **common,
         )  # fmt: skip
 
         if wants_dot:
             assert queries.dot is not None
             if isinstance(s.gain, str):
-                self.add_number(s.gain, queries.dot)
+                self.add_number(s.gain, queries.dot if queries.own is None else queries.dot + queries.own)
         if self.gated:
             key_dot = values.dot if twin else keys.dot
             assert key_dot is not None and queries.dot is not None

@@ -46,32 +46,31 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
     elif capability < (9, 0):
         row = {64: Config(32, 64, 4, 3), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 2)}[size]
     elif exact:
-        row = {64: Config(64, 64, 4, 2), 128: EXACT_128, 256: Config(32, 32, 8, 3)}[size]
+        row = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 8, 3)}[size]
     else:
         row = {64: Config(64, 64, 4, 3), 128: Config(64, 64, 4, 2 if gated else 3), 256: Config(64, 64, 8, 2)}[size]
     return row._replace(columns=min(row.columns, block(value)))
 
 
-EXACT_128 = Config(64, 32, 4, 3)
-
-
 class QuerySideConfig(NamedTuple):
-    """Rows of a chunk; warps of `solve` and `adjoint`; pipeline stages of `states`, `within` and `fold`."""
+    """For the kernels of `query_side`: rows of a chunk, then warps and stages where they differ from 4 and 1."""
 
-    chunk: int
-    solve_warps: int
-    adjoint_warps: int
-    states_stages: int
-    within_stages: int
-    fold_stages: int
+    chunk: int = 64
+    solve_warps: int = 4
+    adjoint_warps: int = 4
+    adjoint_stages: int = 1
+    states_stages: int = 3
+    within_stages: int = 2
+    fold_warps: int = 8
+    fold_stages: int = 3
 
 
 @functools.cache
 def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> QuerySideConfig:
     """For the kernels of `query_side`."""
     if wide:
-        return QuerySideConfig(32, 4, 4, 1, 1, 1)
-    return QuerySideConfig(64, 4, 4, 3, 2, 2)
+        return QuerySideConfig(chunk=32, states_stages=1, within_stages=1, fold_warps=8, fold_stages=1)
+    return QuerySideConfig(fold_warps=8 if key > 64 else 4)
 
 
 # Cards with about 99 KB of shared memory per block.

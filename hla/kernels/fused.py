@@ -164,10 +164,9 @@ def read_transformed(
         else:
             p = q
         if GATED:
-            # In units of log 2, clamped where the strongest gate of a stage (2g on S) reaches exp(-80): beyond, a decay
-            # is zero all the same, and would only cost digits of the sums. Stage S has the squares of these decays.
+            # In units of log 2. Beyond exp(-110) a decay is zero in float32, and would only cost digits of the sums.
             g = tl.load(G + at * (heads // g_kv) + h_kv, mask=live, other=0.0).to(tl.float32)
-            g = tl.maximum(g, -40.0 if KEY else -80.0) * 1.4426950408889634
+            g = tl.maximum(g, -110.0) * 1.4426950408889634
             c = tl.cumsum(g, 0)
             total = tl.sum(g, 0)
             before = tl.exp2(c)[:, None]  # from the start of the chunk to each token
@@ -292,14 +291,14 @@ def matches(plan: Plan) -> Pattern | None:
     v = outer.values if values is None else values.values
     query = inner[0].query
     plain = outer.gate == 1 and not outer.residuals and not isinstance(outer.gain, str)
-    fits = [plain, {outer.query, query, k, v} <= given, [name for name, _ in plan.outputs] == [outer.out]]
-    fits += [s.mode == "inclusive" for s in plan.stages] + [len(s.residuals) <= 1 for s in inner]
+    conditions = [plain, {outer.query, query, k, v} <= given, [name for name, _ in plan.outputs] == [outer.out]]
+    conditions += [s.mode == "inclusive" for s in plan.stages] + [len(s.residuals) <= 1 for s in inner]
     if keys is not None:
-        fits += [keys.keys == keys.values, keys.gate == 2, all(name == query for _, name in keys.residuals)]
+        conditions += [keys.keys == keys.values, keys.gate == 2, all(name == query for _, name in keys.residuals)]
     if values is not None:
-        fits += [values.keys == k, values.query == query, values.gate == 1]
-        fits += [name == v for _, name in values.residuals]
-    return Pattern(keys, values, outer) if all(fits) else None
+        conditions += [values.keys == k, values.query == query, values.gate == 1]
+        conditions += [name == v for _, name in values.residuals]
+    return Pattern(keys, values, outer) if all(conditions) else None
 
 
 def fits(pattern: Pattern, x: dict[str, Tensor], g: Tensor | None, shape: Cut) -> bool:
@@ -314,13 +313,13 @@ def fits(pattern: Pattern, x: dict[str, Tensor], g: Tensor | None, shape: Cut) -
     )  # fmt: skip
 
 
-def fused_config(precision: str, operands: tl.dtype, both: bool, capability: tuple[int, int]) -> Config:
-    """Dtype and precision of `operand`; ``both``: keys and values are transformed; compute capability."""
+def fused_config(precision: str, operands: tl.dtype, both: bool, gated: bool, capability: tuple[int, int]) -> Config:
+    """Dtype and precision of `operand`; ``both``: keys and values are transformed; gate; compute capability."""
     if operands == tl.float32:
         return Config(16, LARGEST, 4, 1) if precision == "tf32x3" else Config(32, LARGEST, 8, 1)
     if capability[0] not in (9, 10):  # operands are in registers: only shorter chunks and more warps do not spill
         return Config(32, LARGEST, 8, 2)
-    return Config(32 if both else 64, LARGEST, 4, 2)
+    return Config(64, LARGEST, 4, 2 if gated and not both else 3)
 
 
 class Fused(NamedTuple):
@@ -378,7 +377,7 @@ def fused(
     value_tensors, value_numbers, value_groups, value_plain = shaping(values)
     own = p is not q and p is not k
     dtype, precision = operand(q, k, v)
-    config = fused_config(precision, dtype, bool(keys and values), device_config(q.device)[0])
+    config = fused_config(precision, dtype, bool(keys and values), g is not None, device_config(q.device)[0])
     launch(
         read_transformed, shape.slots * heads,
         q, k, v, p if own else None, o, g, kt, vt, *key_tensors, *value_tensors,

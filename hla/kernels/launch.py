@@ -1,8 +1,9 @@
 """Starts kernels with little work on the host.
 
 Triton's own launch looks at every argument of every call in Python; for kernels with dozens of strides this takes
-longer than the kernels run. `launch` keeps the compiled kernel by what could make another one necessary: which pointers
-are there, their dtypes and alignment, and whether sizes are 1 or multiples of 16 (not those marked `do_not_specialize`).
+longer than the kernels run. `launch` keeps the compiled kernel by what could make another one necessary: which
+pointers are there, their dtypes and alignment, and whether sizes are 1 or multiples of 16 (not those marked
+`do_not_specialize`).
 """
 
 from __future__ import annotations

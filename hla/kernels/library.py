@@ -19,7 +19,8 @@ class Operation:
     """``results = call(plan, *tensors)``, differentiable; a plan is a string (an argument that operators can have).
 
     Args:
-        forward: ``(plan, *tensors) -> (results, kept)``; ``fake`` the same without computing.
+        forward: ``(plan, *tensors, keep) -> (results, kept)``, keep: whether a backward pass may follow; ``fake`` the
+            same without computing.
         backward: ``(plan, tensors, saved, grads, needed) -> gradients`` of those tensors that need one (else None);
             saved are the results from the ``first_saved(plan)``-th on, and what was kept.
     """
@@ -36,7 +37,7 @@ class Operation:
 
         @torch.library.custom_op(f"hla::{name}", mutates_args=())
         def op(tensors: list[Tensor], present: list[bool], plan: str) -> list[Tensor]:
-            results, kept = forward(plan, *_spread(tensors, present))
+            results, kept = forward(plan, *_spread(tensors, present), keep=True)
             return [*results, *kept]
 
         @op.register_fake
@@ -84,7 +85,7 @@ class Operation:
             return self.op([x for x in tensors if x is not None], present, plan)[:results]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             return list(_Function.apply(self, plan, *tensors))
-        return self.forward(plan, *tensors)[0]
+        return self.forward(plan, *tensors, keep=False)[0]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
@@ -93,7 +94,7 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operation: Operation, plan: str, *tensors):
-        results, kept = operation.forward(plan, *tensors)
+        results, kept = operation.forward(plan, *tensors, keep=True)
         ctx.operation, ctx.plan, ctx.count = operation, plan, len(tensors)
         ctx.save_for_backward(*tensors, *results[operation.first_saved(plan) :], *kept)
         ctx.set_materialize_grads(False)

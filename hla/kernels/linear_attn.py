@@ -36,7 +36,7 @@ from hla.kernels.segments import Cut, enter
     ]
 )  # fmt: skip
 def walk(
-    Q, K, V, O, G, FACTOR, WRITE, RIDGE, RESIDUAL, X, DOT, ENTER, LEAVE, TOTAL, SLOTS,
+    Q, K, V, OUT, G, FACTOR, WRITE, RIDGE, RESIDUAL, X, DOT, OWN, ENTER, LEAVE, TOTAL, SLOTS,
     factor, ridge, length, segment, per_sequence, heads, gq, gk, gv, gg, gs, gf, gw, gi, gr, gx,
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, r_b, r_t, r_h, x_b, x_t, x_h, e_n, e_h, e_k, e_v,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -48,7 +48,8 @@ def walk(
     Head h of the output reads head ``h // gq`` of q, and so on. Without Q (the first launch of a split) LEAVE and TOTAL
     get what every segment but the last accumulates; with it LEAVE gets what leaves the last one. EXACT: operands that
     were rounded to bfloat16 are followed by what the rounding left over, for dots whose differences are summed up over
-    the whole sequence (the gradient of the decays), where rounding would add up and the sums cancel.
+    the whole sequence (the gradient of the decays), where rounding would add up and the sums cancel. DOT then leaves
+    out what a token reads of itself, which goes to OWN.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
     block = tl.program_id(0) % blocks
@@ -102,9 +103,9 @@ def walk(
         k = tl.load(K + row * k_t + (rows[:, None] * k_t + ck[None, :]), mask=in_k, other=0.0).to(OPERAND)
         v = tl.load(V + row * v_t + (rows[:, None] * v_t + cv[None, :]), mask=in_v, other=0.0).to(OPERAND)
         if GATE != 0:
-            # In units of log 2. Beyond exp(-80) a decay is zero all the same, and would only cost digits of the sums.
+            # In units of log 2. Beyond exp(-110) a decay is zero in float32, and would only cost digits of the sums.
             g = tl.load(G + at * (heads // gg) + h // gg, mask=live, other=0.0).to(tl.float32)
-            g = tl.maximum(g * GATE, -80.0) * 1.4426950408889634
+            g = tl.maximum(g * GATE, -110.0) * 1.4426950408889634
             c = tl.cumsum(g, 0)
             total = tl.sum(g, 0)
             passed += total
@@ -126,6 +127,11 @@ def walk(
             if WRITE is not None:
                 scores *= w[None, :]
             scores = tl.where(mask, scores, 0.0)
+            if EXACT and not STRICT:
+                # What a token reads of itself does not depend on decays: it would cancel, but for its rounding.
+                same = rows[:, None] == rows[None, :]
+                own = tl.sum(tl.where(same, scores, 0.0), 1)
+                scores = tl.where(same, 0.0, scores)
             rounded = scores.to(OPERAND)
             acc = tl.dot(rounded, v, acc, input_precision=PRECISION)
             if EXACT:
@@ -135,6 +141,11 @@ def walk(
                 px = X + batch * x_b + (h // gx) * x_h + row * x_t + (rows[:, None] * x_t + cv[None, :])
                 x = tl.load(px, mask=in_v, other=0.0).to(tl.float32)
                 tl.store(DOT + (at * heads + h) * blocks + block, tl.sum(x * acc, 1), mask=live)
+                if OWN is not None:
+                    dot = own * tl.sum(x * v.to(tl.float32), 1) if EXACT and not STRICT else tl.zeros([C], tl.float32)
+                    tl.store(OWN + (at * heads + h) * blocks + block, dot, mask=live)
+            if EXACT and not STRICT:
+                acc += own[:, None] * v.to(tl.float32)
             if FACTOR is not None:
                 acc *= tl.load(FACTOR + at * (heads // gf) + h // gf, mask=live, other=0.0)[:, None]
             else:
@@ -146,10 +157,10 @@ def walk(
                     acc += r * tl.load(RIDGE + at * (heads // gi) + h // gi, mask=live, other=0.0)[:, None]
                 else:
                     acc += r * ridge
-            po = O + batch * o_b + h * o_h + row * o_t + (rows[:, None] * o_t + cv[None, :])
+            po = OUT + batch * o_b + h * o_h + row * o_t + (rows[:, None] * o_t + cv[None, :])
             if ADD:
                 acc += tl.load(po, mask=in_v, other=0.0).to(tl.float32)
-            tl.store(po, acc.to(O.dtype.element_ty), mask=in_v)
+            tl.store(po, acc.to(OUT.dtype.element_ty), mask=in_v)
 
         if GATE != 0:
             state *= tl.exp2(total)
@@ -178,12 +189,14 @@ def walk(
 
 class Read(NamedTuple):
     """Results of `read`: o ``[B, T, H, V]``; the final state ``[N, Hs, K, V]``, or None; what entered each segment
-    ``[slots, Hs, K, V]``, or None without a split; ``[B, T, H]`` float32 with ``x_t . sum_j ...``, or None."""
+    ``[slots, Hs, K, V]``, or None without a split; ``[B, T, H]`` float32 with ``x_t . sum_j ...``, or None (without
+    j = t if exact, and then that term alone if asked for)."""
 
     o: Tensor
     final: Tensor | None
     entered: Tensor | None
     dot: Tensor | None
+    own: Tensor | None
 
 
 def operand(*tensors: Tensor) -> tuple[tl.dtype, str]:
@@ -202,8 +215,10 @@ def _config(tensors: list[Tensor], g: Tensor | None, exact: bool) -> tuple[tl.dt
     dtype, precision = operand(*tensors)
     name = "bf16" if dtype == tl.bfloat16 else "tf32" if precision == "tf32" else "float32"
     k, v = tensors[-2:]
-    return dtype, precision, walk_config(
-        k.shape[-1], v.shape[-1], name, g is not None, exact, device_config(k.device)[0]
+    return (
+        dtype,
+        precision,
+        walk_config(k.shape[-1], v.shape[-1], name, g is not None, exact, device_config(k.device)[0]),
     )
 
 
@@ -229,6 +244,7 @@ def read(
     out: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     exact: bool = False,
+    own: bool = False,
 ) -> Read:
     """``o_t = factor_t sum_j E_tj w_j (q_t . k_j) v_j + ridge_t residual_t``, added to ``out`` where that is given.
 
@@ -254,13 +270,17 @@ def read(
     leave = torch.empty(shape.sequences, state_heads, K, V, dtype=torch.float32, device=q.device) if final else None
     exact = exact and x is not None
     blocks = -(-V // _config(tensors, g, exact)[2].columns)
-    dot = None if x is None else torch.empty(B, T, heads, blocks, dtype=torch.float32, device=q.device)
+    dot, own_dot = (
+        torch.empty(B, T, heads, blocks, dtype=torch.float32, device=q.device) if wanted else None
+        for wanted in (x is not None, x is not None and own)
+    )
     _launch(
         q, k, v, o, g, shape, heads=heads, gate=gate, reverse=reverse, strict=strict, factor=factor, write=write,
-        ridge=ridge, residual=residual, x=x, dot=dot, enter=entered if shape.split else initial, leave=leave,
-        total=None, add=out is not None, state_heads=state_heads, exact=exact,
+        ridge=ridge, residual=residual, x=x, dot=dot, own=own_dot, enter=entered if shape.split else initial,
+        leave=leave, total=None, add=out is not None, state_heads=state_heads, exact=exact,
     )  # fmt: skip
-    return Read(o, leave, entered, None if dot is None else dot.sum(-1) if blocks > 1 else dot[..., 0])
+    total = lambda y: None if y is None else y.sum(-1) if blocks > 1 else y[..., 0]  # noqa: E731
+    return Read(o, leave, entered, total(dot), total(own_dot))
 
 
 def accumulate(
@@ -272,7 +292,7 @@ def accumulate(
     total = None if g is None else torch.empty(shape.slots, heads, dtype=torch.float32, device=k.device)
     _launch(
         None, k, v, None, g, shape, heads=heads, gate=gate, reverse=reverse, strict=False, factor=1.0, write=write,
-        ridge=0.0, residual=None, x=None, dot=None, enter=None, leave=states, total=total, add=False,
+        ridge=0.0, residual=None, x=None, dot=None, own=None, enter=None, leave=states, total=total, add=False,
         state_heads=heads, exact=exact,
     )  # fmt: skip
     enter(states, total, initial, shape, reverse)
@@ -280,8 +300,8 @@ def accumulate(
 
 
 def _launch(
-    q, k, v, o, g, shape, *, heads, gate, reverse, strict, factor, write, ridge, residual, x, dot, enter, leave, total,
-    add, state_heads, exact,
+    q, k, v, o, g, shape, *, heads, gate, reverse, strict, factor, write, ridge, residual, x, dot, own, enter, leave,
+    total, add, state_heads, exact,
 ) -> None:  # fmt: skip
     K, V = k.shape[-1], v.shape[-1]
     dtype, precision, config = _config([k, v] if q is None else [q, k, v], g, exact)
@@ -295,7 +315,8 @@ def _launch(
     launch(
         walk, shape.slots * heads * -(-V // config.columns),
         q, k, v, o, g, factor if isinstance(factor, Tensor) else None, write,
-        ridge if isinstance(ridge, Tensor) else None, residual, x, dot, enter, leave, total, shape.table,
+        ridge if isinstance(ridge, Tensor) else None, residual, x, dot, own, enter, leave, total,
+        shape.table,
         0.0 if isinstance(factor, Tensor) else float(factor), 0.0 if isinstance(ridge, Tensor) else float(ridge),
         shape.length, shape.segment, shape.per_sequence, heads,
         group(q), group(k), group(v), group(g), heads // state_heads, group(factor), group(write), group(ridge),
@@ -303,7 +324,7 @@ def _launch(
         *strides(q), *strides(k), *strides(v), *strides(o), *strides(residual), *strides(x),
         *((0, 0, 0, 0) if enter is None else enter.stride()),
         DK=K, DV=V, C=config.chunk, BK=block(K), BV=config.columns, GATE=0 if g is None else gate, REVERSE=reverse,
-        STRICT=strict, ADD=add, SPLIT=shape.split, EXACT=exact and dtype == tl.bfloat16, OPERAND=dtype,
+        STRICT=strict, ADD=add, SPLIT=shape.split, EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype,
         PRECISION=precision, warps=config.warps, stages=config.stages,
     )  # fmt: skip
 
@@ -339,4 +360,6 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
 
 def sum_heads(y: Tensor, heads: int) -> Tensor:
     """Sums groups of heads (dimension 2) down to this number of them."""
-    return y if y.shape[2] == heads else y.unflatten(2, (heads, -1)).sum(3)
+    if y.shape[2] == heads:
+        return y
+    return y.unflatten(2, (heads, -1)).sum(3, dtype=y.dtype)  # (named: autocast would choose another)

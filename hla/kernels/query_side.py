@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 
 from hla.kernels.configs import block, device_config, query_side_config
-from hla.kernels.linear_attn import accumulate, operand, read, sum_heads
 from hla.kernels.launch import launch
 from hla.kernels.library import Operation
+from hla.kernels.linear_attn import accumulate, operand, read, sum_heads
 from hla.kernels.segments import cut, cut_every, enter, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
@@ -54,7 +54,7 @@ def _segment(SLOTS, slot, per_sequence, segment, length):
 def _decays(G, at, live, heads, h):
     """Log2-decays of a chunk, and their sums up to each token. (See `linear_attn.walk` for the bound.)"""
     g = tl.load(G + at * heads + h, mask=live, other=0.0).to(tl.float32)
-    g = tl.maximum(g, -80.0) * 1.4426950408889634
+    g = tl.maximum(g, -110.0) * 1.4426950408889634
     return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
@@ -352,17 +352,16 @@ def per_token(
 def fold(
     K, G, XS, US, DTRACE, DK, ADDED, OUT, DOT, ENTER, ENTER_TRACE, LEAVE, LEAVE_TRACE, TOTAL, SLOTS,
     length, segment, per_sequence, heads, group, gg, k_b, k_t, k_h, e_n, e_h, e_k, e_v, tokens,
-    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
     GATED: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BV columns of the reversed moment -G, walked through a segment: OUT is DK and its readings, and ADDED.
+    """The reversed moment ``N = sum x_{n-1} u_n^T`` walked through a segment, ``-G = N + N^T``: OUT is DK, the readings
+    of G and m, and ADDED; DOT gets the dots of k with all but ADDED.
 
-    DOT gets the dots of k with all but ADDED. With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
+    With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
     """
-    blocks: tl.constexpr = (D + BV - 1) // BV
-    block = tl.program_id(0) % blocks
-    h = (tl.program_id(0) // blocks) % heads
-    slot = tl.program_id(0) // (blocks * heads)
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
     sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
     if sequence < 0:
         return
@@ -374,14 +373,13 @@ def fold(
             return
     rows = tl.arange(0, C)
     ck = tl.arange(0, BK)
-    cv = block * BV + tl.arange(0, BV)
-    inside = (ck < D)[:, None] & (cv < D)[None, :]
-    state = tl.zeros([BK, BV], tl.float32)
+    inside = (ck < D)[:, None] & (ck < D)[None, :]
+    state = tl.zeros([BK, BK], tl.float32)
     m = 0.0
     passed = 0.0
     if ENTER is not None:
         at = tl.cast(slot if SPLIT else sequence, tl.int64)
-        p = ENTER + at * e_n + h * e_h + ck[:, None] * e_k + cv[None, :] * e_v
+        p = ENTER + at * e_n + h * e_h + ck[:, None] * e_k + ck[None, :] * e_v
         state = tl.load(p, mask=inside, other=0.0).to(tl.float32)
         if ENTER_TRACE is not None:
             m = tl.load(ENTER_TRACE + at * heads + h)
@@ -392,18 +390,19 @@ def fold(
         live = t + rows < stop
         row = tl.cast(t, tl.int64)
         token = (batch * length + row + rows) * heads + h
+        first = ((batch * length + row) * heads + h) * D
+        out = rows[:, None] * (heads * D) + ck[None, :]
         in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
-        in_v = live[:, None] if D == blocks * BV else live[:, None] & (cv < D)[None, :]
         dtrace = tl.load(DTRACE + token, mask=live, other=0.0)
         if GATED:
             c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
             weight = tl.exp2(c)
             passed += total
         if LEAVE is None:
-            pk = K + row * k_t + rows[:, None] * k_t
-            k = tl.load(pk + ck[None, :], mask=in_k, other=0.0).to(OPERAND)
-            kv = tl.load(pk + cv[None, :], mask=in_v, other=0.0).to(tl.float32)
-            acc = -tl.dot(k, state.to(OPERAND), input_precision=PRECISION)
+            k = tl.load(K + row * k_t + (rows[:, None] * k_t + ck[None, :]), mask=in_k, other=0.0).to(OPERAND)
+            rounded = state.to(OPERAND)
+            acc = tl.dot(k, rounded, input_precision=PRECISION)
+            acc = tl.dot(k, tl.trans(rounded), acc, input_precision=PRECISION)
             later = rows[:, None] <= rows[None, :]
             if GATED:
                 acc *= tl.exp2(total - c)[:, None]
@@ -411,37 +410,31 @@ def fold(
                 mt = m * tl.exp2(total - c) + tl.sum(E * dtrace[None, :], 1)
             else:
                 mt = m + tl.sum(tl.where(later, dtrace[None, :], 0.0), 1)
-            out = token[:, None] * D + cv[None, :]
-            acc += tl.load(DK + out, mask=in_v, other=0.0) + 2.0 * mt[:, None] * kv
+            kf = k.to(tl.float32)
+            acc = tl.load(DK + first + out, mask=in_k, other=0.0) + 2.0 * mt[:, None] * kf - acc
             if DOT is not None:
-                tl.store(DOT + token * blocks + block, tl.sum(acc * kv, 1), mask=live)
-            acc += tl.load(ADDED + out, mask=in_v, other=0.0).to(tl.float32)
-            tl.store(OUT + out, acc.to(OUT.dtype.element_ty), mask=in_v)
+                tl.store(DOT + token, tl.sum(acc * kf, 1), mask=live)
+            acc += tl.load(ADDED + first + out, mask=in_k, other=0.0).to(tl.float32)
+            tl.store(OUT + first + out, acc.to(OUT.dtype.element_ty), mask=in_k)
         if GATED:
             rho = tl.exp2(total)
             state *= rho
             m = m * rho + tl.sum(dtrace * weight, 0)
         else:
             m += tl.sum(dtrace, 0)
-        full = token[:, None] * D + ck[None, :]
-        part = token[:, None] * D + cv[None, :]
         for n in range(0, ORDER):
-            x = tl.load(XS + n * (tl.cast(tokens, tl.int64) * D) + full, mask=in_k, other=0.0).to(OPERAND)
-            u = tl.load(US + n * (tl.cast(tokens, tl.int64) * D) + full, mask=in_k, other=0.0).to(OPERAND)
-            xv = tl.load(XS + n * (tl.cast(tokens, tl.int64) * D) + part, mask=in_v, other=0.0).to(OPERAND)
-            uv = tl.load(US + n * (tl.cast(tokens, tl.int64) * D) + part, mask=in_v, other=0.0).to(OPERAND)
+            at = n * (tl.cast(tokens, tl.int64) * D) + first
+            x = tl.load(XS + at + out, mask=in_k, other=0.0).to(OPERAND)
+            u = tl.load(US + at + out, mask=in_k, other=0.0).to(OPERAND)
             if GATED:
-                xv = (xv.to(tl.float32) * weight[:, None]).to(OPERAND)
-                uv = (uv.to(tl.float32) * weight[:, None]).to(OPERAND)
-            state = tl.dot(tl.trans(x), uv, state, input_precision=PRECISION)
-            state = tl.dot(tl.trans(u), xv, state, input_precision=PRECISION)
+                u = (u.to(tl.float32) * weight[:, None]).to(OPERAND)
+            state = tl.dot(tl.trans(x), u, state, input_precision=PRECISION)
     if LEAVE is not None:
         at = tl.cast(slot, tl.int64) * heads + h
-        tl.store(LEAVE + at * (D * D) + ck[:, None] * D + cv[None, :], state, mask=inside)
-        if block == 0:
-            tl.store(LEAVE_TRACE + at, m)
-            if TOTAL is not None:
-                tl.store(TOTAL + at, passed)
+        tl.store(LEAVE + at * (D * D) + ck[:, None] * D + ck[None, :], state, mask=inside)
+        tl.store(LEAVE_TRACE + at, m)
+        if TOTAL is not None:
+            tl.store(TOTAL + at, passed)
 
 
 class _Sizes:
@@ -513,7 +506,7 @@ def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces, readings: i
     return out
 
 
-def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[list[Tensor], list[Tensor]]:
+def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
     """([o] and, if wanted, the final S and P; [x_order])."""
     scale, final = _decode(plan)
     order = nodes.shape[-1] - 1
@@ -522,7 +515,7 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[lis
     x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces, order, keep=False)
     del all_states
     done = read(x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, final=final, out_dtype=v.dtype)
-    return [done.o, *([S_final, done.final] if final else [])], [x]
+    return [done.o, *(y for y in (S_final, done.final) if y is not None)], [x] if keep else []
 
 
 def _fake(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[list[Tensor], list[Tensor]]:
@@ -579,12 +572,13 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
         launch(
             adjoint, s.chunks.slots * heads,
             q, k, g, ridge, nodes, all_states, traces, xs, us, queries.o, dq, trace, yq, xsu,
-            s.chunks.table, *sizes, ORDER=order, **compile_time, warps=s.config.adjoint_warps, stages=1,
+            s.chunks.table, *sizes, ORDER=order, **compile_time, warps=s.config.adjoint_warps,
+            stages=s.config.adjoint_stages,
         )  # fmt: skip
         launch(
             within, s.chunks.slots * heads,
-            q, k, g, xs, us, dk, ux, uq, s.chunks.table, *sizes[:5], *q.stride()[:3], *k.stride()[:3], s.B * s.T * heads,
-            ORDER=order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=gated, OPERAND=s.operand,
+            q, k, g, xs, us, dk, ux, uq, s.chunks.table, *sizes[:5], *q.stride()[:3], *k.stride()[:3],
+            s.B * s.T * heads, ORDER=order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=gated, OPERAND=s.operand,
             PRECISION=s.precision, warps=4, stages=s.config.within_stages,
         )  # fmt: skip
         n = dc.numel()
@@ -632,22 +626,22 @@ def _run_fold(s: _Sizes, k, g, xs, us, dtrace, dk, added, dS, group, wants_dot) 
     """(gradient of k per head of q, the dots of k with what S has in it)."""
     heads, shape = s.HQ, s.segments
     out = s.new(s.B, s.T, heads, s.K, dtype=k.dtype)
-    dot = s.new(s.B, s.T, heads, s.blocks) if wants_dot else None
+    dot = s.new(s.B, s.T, heads) if wants_dot else None
     enter_trace = None
-    enter_state = None if dS is None else -_per_head(dS + dS.mT, group)
+    enter_state = None if dS is None else -_per_head(dS, group)
 
     def walked(leave, leave_trace, total) -> None:
         if not k.numel():
             return
         entering = None if leave is not None else enter_state
         launch(
-            fold, shape.slots * heads * s.blocks,
+            fold, shape.slots * heads,
             k, g, xs, us, dtrace, dk, added, out, dot, entering, enter_trace, leave, leave_trace, total,
             shape.table, s.T, shape.segment, shape.per_sequence, heads, group,
             heads // g.shape[2] if g is not None else 1, *k.stride()[:3],
             *((0, 0, 0, 0) if entering is None else entering.stride()), s.B * s.T * heads,
-            ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K), BV=s.columns, GATED=g is not None,
-            SPLIT=shape.split, OPERAND=s.operand, PRECISION=s.precision, warps=4,
+            ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=g is not None,
+            SPLIT=shape.split, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.fold_warps,
             stages=s.config.fold_stages,
         )  # fmt: skip
 
@@ -659,7 +653,7 @@ def _run_fold(s: _Sizes, k, g, xs, us, dtrace, dk, added, dS, group, wants_dot) 
         enter(m[..., None, None], total, None, shape, reverse=True)
         enter_state, enter_trace = moments, m
     walked(None, None, None)
-    return out, None if dot is None else dot.sum(-1)
+    return out, dot
 
 
 def run(call: Call) -> tuple[Tensor, State | None]:
@@ -669,7 +663,10 @@ def run(call: Call) -> tuple[Tensor, State | None]:
     ridge = c.ridge
     if not isinstance(ridge, Tensor):
         ridge = torch.full((1, 1, 1), ridge, dtype=torch.float32, device=c.q.device).expand(c.q.shape[:3])
-    S, P = (None, None) if c.initial_state is None else c.initial_state
+    S = P = None
+    if c.initial_state is not None:
+        assert isinstance(c.initial_state, HLAQState)
+        S, P = c.initial_state
     o, *finals = _operation(
         f"{c.scale}|{int(c.output_final_state)}", 3 if c.output_final_state else 1,
         *(y if y.stride(-1) == 1 or y.shape[-1] == 1 else y.contiguous() for y in (c.q, c.k, c.v)),

@@ -116,7 +116,8 @@ def enter(states: Tensor, totals: Tensor | None, initial: Tensor | None, shape: 
     size, block = K * V, 1024
     strides = (0, 0, 0, 0) if initial is None else initial.stride()
     launch(
-        _enter, triton.cdiv(size, block) * heads * shape.sequences, states, totals, initial, shape.first, shape.per_sequence, heads, size, V, *strides,
+        _enter, triton.cdiv(size, block) * heads * shape.sequences,
+        states, totals, initial, shape.first, shape.per_sequence, heads, size, V, *strides,
         REVERSE=reverse, BLOCK=block,
     )  # fmt: skip
 

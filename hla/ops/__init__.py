@@ -7,8 +7,6 @@ kernel is one line here.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hla.ops import recurrent
-from hla.ops.checks import Call
+from hla.ops.checks import HAS_TRITON, Call
 from hla.ops.family import OPS
 from hla.ops.higher_order import compose, one_by_one
 from hla.ops.query_side import compose_query_side
@@ -43,14 +41,16 @@ DISPATCH: dict[tuple[str, str, str], Callable] = {
 }
 
 
-def dispatch(op: str, form: str, backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable:
+def dispatch(
+    op: str, form: str, backend: str | None, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Callable:
     """The function ``Call -> (o, state)`` for an operator in a form ("chunk" or "recurrent").
 
     ``backend=None`` takes the fastest one that runs on the device in this dtype; a backend asked for by name is used
     or refused.
     """
     if backend is None:
-        backend = "triton" if device.type == "cuda" and dtype != torch.float64 and has_triton() else "torch"
+        backend = "triton" if device.type == "cuda" and dtype != torch.float64 and HAS_TRITON else "torch"
     if backend == "triton":
         check_triton(device, dtype)
     if (op, form, backend) in DISPATCH:
@@ -61,15 +61,9 @@ def dispatch(op: str, form: str, backend: str | None, device: torch.device, dtyp
     raise ValueError(f"backend {backend!r} has no {form} form of {op} on {device.type}; available: {', '.join(known)}")
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
-
-
 def check_triton(device: torch.device, dtype: torch.dtype) -> None:
     """Refuses the Triton kernels, asked for by name, where they cannot run."""
-    if not has_triton():
+    if not HAS_TRITON:
         raise ValueError("backend 'triton' needs the package triton, which is not installed")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(f"backend 'triton' needs tensors on a CUDA device; these are on {device.type!r}")

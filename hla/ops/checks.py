@@ -6,6 +6,7 @@ tensors always, on GPU tensors only when the environment has ``HLA_CHECK=1``: re
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from hla.ops.state import State, state_class, zeros
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 HLA_Q_ORDER = 4  # the default number of readings of S
 
 
@@ -127,7 +129,8 @@ def check_call(
     if op == "hla_q":
         _check_positive("ridge", shaping["ridge"])
         assert order is not None
-        nodes = _check_nodes(nodes, order, q)
+        if nodes is not None or not one_token:  # (a step makes Chebyshev's itself)
+            nodes = _check_nodes(nodes, order, q)
     if scale is None:
         # What least squares reads has the size of v; a sum of products wants to be scaled.
         scale = 1.0 if op == "hla_q" else q.shape[-1] ** -0.5
@@ -173,7 +176,7 @@ def check_state(call: Call, state: State, batch: int, name: str) -> None:
             raise ValueError(f"{where} must {'not ' if want is None else ''}be given for order {call.order}")
         _tensor(where, x)
         _expect_shape(where, x, tuple(want.shape), "of this operator and these heads")
-        if x.dtype != want.dtype:
+        if x.dtype != want.dtype and (x.dtype, want.dtype) != (torch.bfloat16, torch.float32):
             raise TypeError(f"{where} must be {want.dtype}; got {x.dtype}")
         _same("device", where, x.device, "q", call.q.device, ValueError)
 

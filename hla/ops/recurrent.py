@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hla.ops.checks import Call, check_call, check_state, check_state_indices
+from hla.ops.checks import HAS_TRITON, Call, chebyshev_nodes, check_call, check_state, check_state_indices
 from hla.ops.family import readings, transforms_keys
 from hla.ops.linear_attn import compute_dtype, no_autocast
 from hla.ops.state import State, pack, unpack, zeros
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def step(
@@ -49,7 +46,8 @@ def step(
         gain, ridge, value_gain, value_ridge: float or ``[B, heads of p]``; a ridge of None is the operator's
             default, 0, or 1 for hla_q.
         nodes: of hla_q: ``[order + 1]``, ``[HQ, order + 1]`` or ``[B, HQ, order + 1]``.
-        state: what an earlier call returned (B rows), or None for the empty state.
+        state: what an earlier call returned (B rows), or None for the empty state; float32 (float64 for float64
+            inputs), or bfloat16 on request: half the memory, and rounded after every token.
         out_state: where the new state is written; it may be ``state`` itself (in place), and is returned.
         state_indices: int ``[B]``: row b of the batch uses row ``state_indices[b]`` of ``state`` and ``out_state``,
             which may have any number of rows (the slots of an engine). Without ``out_state``, a copy of ``state`` with
@@ -84,7 +82,9 @@ def step(
             return fused_step(call, state, out_state, state_indices)
     if state_indices is None:
         o, new = update(call, state if state is not None else empty_state(call, rows))
-        return o, new if out_state is None else _write(new, out_state, None)
+        if out_state is not None:
+            return o, _write(new, out_state, None)
+        return o, new if state is None else _map(lambda x, old: x.to(old.dtype), new, state)
 
     index = state_indices.long()
     source = state if state is not None else empty_state(call, rows)
@@ -142,10 +142,11 @@ def _update(call: Call, state: State) -> tuple[Tensor, State]:
 
 def _query_side(c: Call, q: Tensor, S: Tensor) -> Tensor:
     """``x_order`` of `hla.ops.query_side`: towards ``(S + ridge I)^{-1} q``."""
-    assert c.nodes is not None
+    assert c.order is not None
+    nodes = chebyshev_nodes(c.order, q.dtype, q.device) if c.nodes is None else c.nodes
     ridge = c.ridge[..., None] if isinstance(c.ridge, Tensor) else c.ridge
     trace = _to_heads(S.diagonal(dim1=-2, dim2=-1).sum(-1), q.shape[1])
-    theta = [ridge + (node * trace)[..., None] for node in c.nodes.to(q.dtype).unbind(-1)]
+    theta = [ridge + (node * trace)[..., None] for node in nodes.to(q.dtype).expand(*q.shape[:2], -1).unbind(-1)]
     x = q / theta[0]
     for t in theta[1:]:
         x = x + (q - _read(x, S) - ridge * x) / t

@@ -11,11 +11,12 @@ import hla
 pytest.importorskip("triton")
 from hla.kernels import query_side, segments
 from hla.ops.checks import check_call
-from tests.ops.cases import CASES, F64, Inputs, assert_close, assert_states_close, case, gradients
+from tests.ops.cases import CASES, F64, Inputs, assert_close, case, gradients
 
 SHAPES = {  # several chunks, the last one not full; head sizes are not powers of two
     "grouped": dict(B=1, T=70, HQ=2, HKV=1, K=3, V=20),
     "split": dict(B=1, T=130, HQ=1, HKV=1, K=17, V=5),
+    "whole": dict(B=1, T=60, HQ=2, HKV=1, K=3, V=5),
 }
 
 
@@ -29,7 +30,9 @@ def results(x: Inputs, dtype, backend, cu_seqlens=None, initial_state=None, fina
 
     ``fixed``: fields of the initial state that need no gradient.
     """
-    leaves = {n: y.to(dtype if n != "g" or dtype == F64 else torch.float32).requires_grad_() for n, y in x.tensors().items()}
+    leaves = {
+        n: y.to(dtype if n != "g" or dtype == F64 else torch.float32).requires_grad_() for n, y in x.tensors().items()
+    }
     q, k, v, kw = x.with_tensors(leaves)
     states = []
     if initial_state is not None:

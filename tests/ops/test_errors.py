@@ -183,7 +183,15 @@ def test_bad_steps_are_named(changes, error, message):
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):
-    with pytest.raises(ValueError, match="backend 'triton' has no chunk form of hla2 on cpu; available: torch"):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend 'triton' needs tensors on a CUDA device; these are on 'cpu'"):
+        hla.hla2(**good(backend="triton"))
+    with pytest.raises(ValueError, match="backend 'triton' has no float64 kernels; use backend 'torch'"):
+        dispatch("hla2", "chunk", "triton", torch.device("cuda"), torch.float64)
+    with pytest.raises(ValueError, match="backend 'triton' has no recurrent form of hla2 on cuda; available: torch"):
+        dispatch("hla2", "recurrent", "triton", torch.device("cuda"))
+    monkeypatch.setattr("hla.ops.HAS_TRITON", False)
+    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
         hla.hla2(**good(backend="triton"))
 
 
@@ -191,10 +199,14 @@ def test_a_registered_kernel_is_used(monkeypatch):
     """One line in the table is all a kernel needs; the default backend of a device takes it, the other stays as it is."""
     from hla.ops import DISPATCH
 
+    monkeypatch.setattr("hla.ops.HAS_TRITON", True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setitem(DISPATCH, ("hla2", "chunk", "triton"), lambda call: ("fused", None))
     assert hla.hla2(**good(backend="triton"))[0] == "fused"
     assert isinstance(hla.hla2(**good())[0], torch.Tensor)
     assert dispatch("hla2", "chunk", None, torch.device("cuda"))(None)[0] == "fused"
+    assert dispatch("hla2", "chunk", None, torch.device("cuda"), torch.float64) is DISPATCH["hla2", "chunk", "torch"]
+    monkeypatch.delitem(DISPATCH, ("ahla", "chunk", "triton"))
     monkeypatch.setitem(DISPATCH, ("la", "chunk", "triton"), lambda *args, **kw: ("primitive", None))
     assert hla.ahla(*good().values(), backend="triton")[0] == "primitive"
 
