@@ -31,8 +31,8 @@ DEVICE = "cuda"
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPERANDS = ("q", "k", "v", "p")  # in the dtype of the call; all else is float32
 FORWARD, BACKWARD, FLOAT32 = 5e-3, 1e-2, 2e-5  # relative Frobenius norm
-# The yardstick rounds its inputs and nothing else. Kernels round scores, states, weighted values and what passes between
-# stages too, each time to bfloat16: measured on an H100, 1.0 to 2.3 times the yardstick's error.
+# The yardstick rounds its inputs and nothing else. Kernels round scores, states, weighted values and what passes
+# between stages too, each time to bfloat16: measured on an H100, 1.0 to 2.3 times the yardstick's error.
 MORE = 2.5
 ONE_ROUNDING = 1e-3  # about that of bfloat16: below it a yardstick that happens to be exact asks for too much
 

@@ -10,8 +10,11 @@ import hla
 
 pytest.importorskip("triton")
 from hla.kernels import query_side, segments
+from hla.kernels.chain import chain
 from hla.ops.checks import check_call
-from tests.ops.cases import CASES, F64, Inputs, assert_close, case, gradients
+from hla.ops.linear_attn import Stage
+from hla.ops.linear_attn import chain as torch_chain
+from tests.ops.cases import CASES, F64, Inputs, assert_close, gradients
 
 SHAPES = {  # several chunks, the last one not full; head sizes are not powers of two
     "grouped": dict(B=1, T=70, HQ=2, HKV=1, K=3, V=20),
@@ -58,8 +61,19 @@ def flat(state):
         yield from (z for z in (y if isinstance(y, tuple) else (y,)) if z is not None)
 
 
-@case
-@pytest.mark.parametrize("shape", SHAPES)
+SPLIT_OPTIONS = ("plain", "g", "g,p=k,per token", "g,normalize,ridge", "value_ridge,value_gain")
+
+
+def covered(name: str, option: str, shape: str) -> bool:
+    """What a split does depends on few options, and small whole sequences have kernels of their own up to order 3."""
+    return {
+        "grouped": True,
+        "split": option in SPLIT_OPTIONS,
+        "whole": name in ("hla2", "ahla", "hla3") and option in SPLIT_OPTIONS,
+    }[shape]
+
+
+@pytest.mark.parametrize("name,option,shape", [(*c, s) for c in CASES for s in SHAPES if covered(*c, s)])
 def test_equal_the_float64_chunk_form(name, option, shape, short_segments):
     check(Inputs(name, option, **SHAPES[shape]))
 
@@ -82,3 +96,69 @@ def check(x: Inputs, **more):
         assert_close(a, b, 3e-5, "state")
     for n, a, b in zip(names, grads, grads_true, strict=True):
         assert_close(a, b, 1e-4, f"d{n}")
+
+
+@pytest.mark.parametrize("name,option", [("hla2", "g"), ("hla3", "plain"), ("hla_q4", "g,nodes,ridge per token")])
+@pytest.mark.parametrize("shortest", [64, 256])
+def test_packed_sequences_equal_the_chunk_form(name, option, shortest, monkeypatch):
+    """Also empty ones, and ones that end inside a chunk; split into segments and whole."""
+    monkeypatch.setattr(segments, "SHORTEST_SEGMENT", shortest)
+    cu = torch.tensor([0, 3, 3, 70, 200], dtype=torch.int32)
+    x = Inputs(name, option, B=1, T=200, HQ=2, HKV=1, K=3, V=5)
+    fixed = ("S",) if name.startswith("hla_q") else ()
+    _, initial, _, _ = results(x, F64, "torch", cu_seqlens=cu)
+    o, state, grads, names = results(x, torch.float32, "triton", cu, initial, fixed=fixed)
+    o_true, state_true, grads_true, _ = results(x, F64, "torch", cu, initial, fixed=fixed)
+    for n, a, b in zip(
+        ["o", *("state" for _ in flat(state)), *names],
+        [o, *flat(state), *grads],
+        [o_true, *flat(state_true), *grads_true],
+        strict=True,
+    ):
+        assert_close(a, b, 1e-4, str(n))
+
+
+@pytest.mark.parametrize("mode", ["strict", "reversed"])
+@pytest.mark.parametrize("T", [60, 150])
+def test_all_modes_of_the_primitive_equal_the_chunk_form(mode, T, short_segments):
+    r = lambda *s: torch.randn(*s, dtype=F64)  # noqa: E731
+    x = {"q": r(1, T, 2, 3), "k": r(1, T, 1, 3), "v": r(1, T, 1, 5)}
+    gain, g, S = r(1, T, 2), -r(1, T, 1).abs(), r(1, 1, 3, 5)
+    do, dfinal = r(1, T, 2, 5), r(1, 1, 3, 5)
+    stage = Stage("o", "q", "k", "v", gain="gain", mode=mode)
+    found = []
+    for run, dtype in ((chain, torch.float32), (torch_chain, F64)):
+        leaves = [y.to(dtype).requires_grad_() for y in (*x.values(), gain, g, S)]
+        (o,), (final,) = run(
+            [stage], dict(zip(x, leaves, strict=False)), {"gain": leaves[3]}, leaves[4],
+            outputs={"o": dtype}, initial_states=[leaves[5]],
+        )  # fmt: skip
+        total = (o * do.to(dtype)).sum() + (final * dfinal.to(dtype)).sum()
+        found.append([o, final, *torch.autograd.grad(total, leaves)])
+    for n, a, b in zip(("o", "final", "q", "k", "v", "gain", "g", "S"), *found, strict=True):
+        assert_close(a, b, 1e-4, n)
+
+
+def test_a_batch_invariant_split_depends_on_the_length_alone():
+    device = torch.device("cpu")
+    alone = segments.cut(1, 5000, 1, None, device).segment
+    assert segments.cut(64, 5000, 32, None, device).segment != alone
+    with segments.batch_invariant():
+        lengths = {
+            segments.cut(B, T, P, None, device).segment for B, T, P in ((1, 5000, 1), (64, 5000, 32), (2, 100, 4))
+        }
+        packed = segments.cut(1, 9000, 7, torch.tensor([0, 4000, 9000]), device).segment
+    assert lengths == {packed} == {segments.INVARIANT_SEGMENT}
+
+
+def test_packed_segments_cover_every_token_once(short_segments):
+    ends = [0, 0, 5, 69, 69, 133, 300]
+    cut = segments.cut_every(64, 1, 300, torch.tensor(ends), torch.device("cpu"))
+    rows = [row for row in cut.table.tolist() if row[0] >= 0]
+    assert [t for _, start, stop, _ in rows for t in range(start, stop)] == list(range(300))
+    for n, (start, stop) in enumerate(zip(ends, ends[1:], strict=False)):
+        own = [row for row in rows if row[0] == n]
+        assert own == rows[cut.first[n] : cut.first[n + 1]]
+        assert own[0][1] == start and own[-1][2] == stop
+        assert [bool(row[3] & 1) for row in own] == [i == 0 for i in range(len(own))]
+        assert [bool(row[3] & 2) for row in own] == [i == len(own) - 1 for i in range(len(own))]
