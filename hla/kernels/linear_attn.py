@@ -260,8 +260,9 @@ def read(
     tensors = [q, k, v]
     if shape.split and entered is None:
         entered = accumulate(
-            k, v, g, shape, gate=gate, reverse=reverse, write=write, initial=initial, heads=state_heads, exact=exact
-        )
+            k, v, g, shape, heads=state_heads, gate=gate, reverse=reverse, strict=strict, write=write, initial=initial,
+            exact=exact,
+        )  # fmt: skip
     if out is None:
         o = torch.empty(B, T, heads, V, dtype=out_dtype, device=q.device)
     else:
@@ -285,13 +286,13 @@ def read(
 
 def accumulate(
     k: Tensor, v: Tensor, g: Tensor | None, shape: Cut, *, heads: int, gate: int = 1, reverse: bool = False,
-    write: Tensor | None = None, initial: Tensor | None = None, exact: bool = False,
+    strict: bool = False, write: Tensor | None = None, initial: Tensor | None = None, exact: bool = False,
 ) -> Tensor:  # fmt: skip
     """The states that enter the segments of a split, ``[slots, heads, K, V]`` float32."""
     states = torch.empty(shape.slots, heads, k.shape[-1], v.shape[-1], dtype=torch.float32, device=k.device)
     total = None if g is None else torch.empty(shape.slots, heads, dtype=torch.float32, device=k.device)
     _launch(
-        None, k, v, None, g, shape, heads=heads, gate=gate, reverse=reverse, strict=False, factor=1.0, write=write,
+        None, k, v, None, g, shape, heads=heads, gate=gate, reverse=reverse, strict=strict, factor=1.0, write=write,
         ridge=0.0, residual=None, x=None, dot=None, own=None, enter=None, leave=states, total=total, add=False,
         state_heads=heads, exact=exact,
     )  # fmt: skip
