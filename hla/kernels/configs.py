@@ -41,7 +41,7 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
         row = Config(32, 32, 4, 1)
     elif dtype == "float32":
         row = Config(16, 32, 4 if size == 64 else 8, 1)
-    elif capability in CONSUMER:
+    elif little_memory(capability):
         row = {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)}[size]
     elif capability < (9, 0):
         row = {64: Config(32, 64, 4, 3), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 2)}[size]
@@ -70,11 +70,14 @@ def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> Quer
     """For the kernels of `query_side`."""
     if wide:
         return QuerySideConfig(chunk=32, states_stages=1, within_stages=1, fold_warps=8, fold_stages=1)
+    if little_memory(capability):
+        return QuerySideConfig(chunk=32, states_stages=2, within_stages=1, fold_warps=8, fold_stages=1)
     return QuerySideConfig(fold_warps=8 if key > 64 else 4)
 
 
-# Cards with about 99 KB of shared memory per block.
-CONSUMER = {(8, 6), (8, 7), (8, 9), (12, 0)}
+def little_memory(capability: tuple[int, int]) -> bool:
+    """Cards with about 99 KB of shared memory per block: consumer ones, and their professional twins."""
+    return (capability[0] == 8 and capability[1] != 0) or capability[0] == 12
 
 
 @functools.cache

@@ -262,14 +262,15 @@ def adjoint(
 
 @triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", "tokens"])
 def within(
-    Q, K, G, XS, US, DK, UX, UQ, SLOTS, length, per_sequence, heads, group, gg,
+    Q, K, G, XS, US, DK, UX, UQ, OWN, SLOTS, length, per_sequence, heads, group, gg,
     q_b, q_t, q_h, k_b, k_t, k_h, tokens,
     ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of k's gradient that comes from readings in the same chunk, to DK ``[B, T, heads, D]``.
 
-    Dots for `per_token`: ``u_n . x_{n-1}`` to ``UX[n - 1]``, ``u_n . q`` to ``UQ[n - 1]``.
+    Dots for `per_token`: ``u_n . x_{n-1}`` to ``UX[n - 1]``, ``u_n . q`` to ``UQ[n - 1]``. OWN gets what the dots of the
+    gate's gradient hold of readings of a token by itself, which cancel there but for their rounding.
     """
     h = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
@@ -294,6 +295,8 @@ def within(
     token = (batch * length + row + rows) * heads + h
     pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
     dk = tl.zeros([C, BK], tl.float32)
+    own = tl.zeros([C], tl.float32)
+    same = rows[:, None] == rows[None, :]
     for n in range(0, ORDER):
         at = n * (tl.cast(tokens, tl.int64) * D) + first
         x = tl.load(XS + at + out, mask=in_k, other=0.0).to(OPERAND)
@@ -302,11 +305,19 @@ def within(
         dk = tl.dot(by_u.to(OPERAND), x, dk, input_precision=PRECISION)
         by_x = tl.dot(k, tl.trans(x), input_precision=PRECISION) * E
         dk = tl.dot(by_x.to(OPERAND), u, dk, input_precision=PRECISION)
+        if OWN is not None:
+            # Of both products one factor was rounded; `adjoint` rounded by_u alone.
+            u_own = tl.sum(tl.where(same, by_u, 0.0), 1)
+            x_own = tl.sum(tl.where(same, by_x, 0.0), 1)
+            u_rounded = u_own.to(OPERAND).to(tl.float32)
+            own += 0.5 * (u_rounded * x_own - x_own.to(OPERAND).to(tl.float32) * u_own)
         uf = u.to(tl.float32)
         to = n * tl.cast(tokens, tl.int64) + token
         tl.store(UX + to, tl.sum(uf * x.to(tl.float32), 1), mask=live)
         tl.store(UQ + to, tl.sum(uf * tl.load(pq, mask=in_k, other=0.0).to(tl.float32), 1), mask=live)
     tl.store(DK + first + out, -dk, mask=in_k)
+    if OWN is not None:
+        tl.store(OWN + token, own, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "heads", *PER_TOKEN])
@@ -566,6 +577,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     dk = s.new(*q.shape)
     dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
     xsu, ux, uq = (s.new(order, s.B, s.T, heads) for _ in range(3))
+    own = s.new(s.B, s.T, heads) if gated else None
     dnodes = s.new(s.B, s.T, heads, order + 1)
     sizes, compile_time = _common(s, q, k, g, ridge, nodes)
     if q.numel():
@@ -577,7 +589,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
         )  # fmt: skip
         launch(
             within, s.chunks.slots * heads,
-            q, k, g, xs, us, dk, ux, uq, s.chunks.table, *sizes[:5], *q.stride()[:3], *k.stride()[:3],
+            q, k, g, xs, us, dk, ux, uq, own, s.chunks.table, *sizes[:5], *q.stride()[:3], *k.stride()[:3],
             s.B * s.T * heads, ORDER=order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=gated, OPERAND=s.operand,
             PRECISION=s.precision, warps=4, stages=s.config.within_stages,
         )  # fmt: skip
@@ -592,8 +604,9 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     dk = sum_heads(out, s.HKV)
     dg = None
     if gated:
-        assert g is not None and dot is not None and queries.dot is not None and keys.dot is not None
-        dc += scale * (queries.dot - keys.dot) - 0.5 * dot
+        assert g is not None and own is not None and dot is not None
+        assert queries.dot is not None and keys.dot is not None
+        dc += scale * (queries.dot - keys.dot) - 0.5 * dot + own
         total = None
         for state, dstate in zip(finals, (dS, dP), strict=False):
             if dstate is not None:
