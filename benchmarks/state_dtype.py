@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +35,7 @@ def outputs(op: str, dtype: torch.dtype, inputs: tuple[Tensor, ...], g: Tensor, 
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q, k, v = (x.to(wide) for x in inputs)
     heads, dim = q.shape[2:]
-    state = states.zeros(op, 1, heads, heads, dim, dim, dtype=wide, device=q.device)
+    state: Any = states.zeros(op, 1, heads, heads, dim, dim, dtype=wide, device=q.device)
     state = type(state)(*(None if x is None else x.to(dtype) for x in state))
     wanted = {t: (i, t - (n - window)) for i, n in enumerate(at) for t in range(n - window, n)}
     kept = torch.zeros(len(at), window, heads, dim, dtype=torch.float64, device=q.device)

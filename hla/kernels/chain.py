@@ -61,12 +61,12 @@ def encode(plan: Plan) -> str:
         "|".join([str(int(x)) for x in plan.initial]), "|".join([part for pair in plan.outputs for part in pair]),
         str(int(plan.finals)),
     ]  # fmt: skip
-    return "\n".join(fields)
+    return "&".join(fields)  # (no line break: the compiler writes this into Python code)
 
 
 @functools.cache
 def decode(text: str) -> Plan:
-    stages, tensors, per_token, initial, outputs, finals = text.split("\n")
+    stages, tensors, per_token, initial, outputs, finals = text.split("&")
     read = []
     for line in stages.split(";"):
         out, query, keys, values, gate, gain, mode, *rest = line.split("|")

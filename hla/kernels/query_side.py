@@ -193,11 +193,14 @@ def solve(
             tl.store(
                 XS + ((n - 1) * (tl.cast(tokens, tl.int64) * D) + first) + out, xb.to(XS.dtype.element_ty), mask=in_k
             )
-        scores = tl.dot(xb, tl.trans(k), input_precision=PRECISION) * E
-        y = tl.dot(xb, S, input_precision=PRECISION)
-        y = tl.dot(scores.to(OPERAND), k, y * read[:, None], input_precision=PRECISION)
+        # x itself accumulates, from operands scaled ahead: y, apart from it, would take 64 more registers.
         step, _ = _step(nodes + n * n_n, ridge, traces, live)
-        x += step[:, None] * (q.to(tl.float32) - y - ridge[:, None] * x)
+        by = step[:, None]
+        scores = (tl.dot(xb, tl.trans(k), input_precision=PRECISION) * (-by * E)).to(OPERAND)
+        xb = (x * (-by * read[:, None])).to(OPERAND)
+        x = x * (1.0 - by * ridge[:, None]) + by * q.to(tl.float32)
+        x = tl.dot(xb, S, x, input_precision=PRECISION)
+        x = tl.dot(scores, k, x, input_precision=PRECISION)
     if XS is not None:
         tl.store(XS + (READINGS * (tl.cast(tokens, tl.int64) * D) + first) + out, x.to(XS.dtype.element_ty), mask=in_k)
     else:
@@ -206,7 +209,7 @@ def solve(
 
 @triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN, "tokens"])
 def adjoint(
-    Q, K, G, RIDGE, NODES, STATES, TRACES, XS, US, DX, DQ, TRACE, YQ, XSU, SLOTS,
+    Q, K, G, RIDGE, NODES, STATES, TRACES, XS, US, DX, DQ, TRACE, YQ, XSU, UX, UQ, SLOTS,
     length, per_sequence, heads, group, gg,
     q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n, tokens,
     ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
@@ -214,7 +217,8 @@ def adjoint(
 ):  # fmt: skip
     """From the gradient of ``x_order`` to that of q; ``u_n`` goes to ``US[n - 1]``.
 
-    Dots for `per_token`: trace(S_t) to TRACE, ``y_0 . q`` to YQ, ``x_{n-1} . S u_n`` to ``XSU[n - 1]``.
+    For `per_token`: trace(S_t) to TRACE, ``y_0 . q`` to YQ, and to place n - 1 of XSU, UX and UQ the dots
+    ``x_{n-1} . S u_n``, ``u_n . x_{n-1}`` and ``u_n . q``.
     """
     h = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
@@ -239,38 +243,45 @@ def adjoint(
         n = ORDER - i
         step, _ = _step(nodes + n * n_n, ridge, traces, live)
         at = (n - 1) * (tl.cast(tokens, tl.int64) * D) + first
-        u = y * step[:, None]
-        ub = u.to(OPERAND)
-        tl.store(US + at + out, ub.to(US.dtype.element_ty), mask=in_k)
-        y -= ridge[:, None] * u
-        scores = tl.dot(ub, tl.trans(k), input_precision=PRECISION) * E
-        Su = tl.dot(ub, S, input_precision=PRECISION) * read[:, None]
-        Su = tl.dot(scores.to(OPERAND), k, Su, input_precision=PRECISION)
-        y -= Su
         x = tl.load(XS + at + out, mask=in_k, other=0.0).to(tl.float32)
-        tl.store(XSU + (n - 1) * tl.cast(tokens, tl.int64) + token, tl.sum(x * Su, 1), mask=live)
+        by = step[:, None]
+        ub = (y * by).to(OPERAND)
+        tl.store(US + at + out, ub.to(US.dtype.element_ty), mask=in_k)
+        y *= 1.0 - by * ridge[:, None]
+        to = (n - 1) * tl.cast(tokens, tl.int64) + token
+        tl.store(UX + to, tl.sum(x * ub.to(tl.float32), 1), mask=live)
+        before = tl.sum(x * y, 1)
+        scores = (tl.dot(ub, tl.trans(k), input_precision=PRECISION) * -E).to(OPERAND)
+        ub = (ub.to(tl.float32) * -read[:, None]).to(OPERAND)
+        y = tl.dot(ub, S, y, input_precision=PRECISION)
+        x = tl.load(XS + at + out, mask=in_k, other=0.0).to(tl.float32)  # again: kept, it would take 64 registers
+        y = tl.dot(scores, k, y, input_precision=PRECISION)
+        tl.store(XSU + to, before - tl.sum(x * y, 1), mask=live)
     step, _ = _step(nodes, ridge, traces, live)
     pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
-    tl.store(YQ + token, tl.sum(y * tl.load(pq, mask=in_k, other=0.0).to(tl.float32), 1), mask=live)
-    dq = y * step[:, None]
+    q = tl.load(pq, mask=in_k, other=0.0).to(tl.float32)
+    tl.store(YQ + token, tl.sum(q * y, 1), mask=live)
     tl.debug_barrier()  # what is read now was written by other threads
+    dq = tl.zeros([C, BK], tl.float32)
     for n in range(0, ORDER):
         at = n * (tl.cast(tokens, tl.int64) * D) + first
-        dq += tl.load(US + at + out, mask=in_k, other=0.0).to(tl.float32)
+        u = tl.load(US + at + out, mask=in_k, other=0.0).to(tl.float32)
+        dq += u
+        tl.store(UQ + n * tl.cast(tokens, tl.int64) + token, tl.sum(u * q, 1), mask=live)
+    dq += y * step[:, None]
     tl.store(DQ + first + out, dq.to(DQ.dtype.element_ty), mask=in_k)
 
 
 @triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", "tokens"])
 def within(
-    Q, K, G, XS, US, DK, UX, UQ, OWN, SLOTS, length, per_sequence, heads, group, gg,
-    q_b, q_t, q_h, k_b, k_t, k_h, tokens,
+    K, G, XS, US, DK, OWN, SLOTS, length, per_sequence, heads, group, gg, k_b, k_t, k_h, tokens,
     ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The part of k's gradient that comes from readings in the same chunk, to DK ``[B, T, heads, D]``.
 
-    Dots for `per_token`: ``u_n . x_{n-1}`` to ``UX[n - 1]``, ``u_n . q`` to ``UQ[n - 1]``. OWN gets what the dots of the
-    gate's gradient hold of readings of a token by itself, which cancel there but for their rounding.
+    OWN gets what the dots of the gate's gradient hold of readings of a token by itself, which cancel there but for
+    their rounding.
     """
     h = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
@@ -292,8 +303,6 @@ def within(
         E = tl.where(later, 1.0, 0.0)
     first = ((batch * length + row) * heads + h) * D
     out = rows[:, None] * (heads * D) + ck[None, :]
-    token = (batch * length + row + rows) * heads + h
-    pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
     dk = tl.zeros([C, BK], tl.float32)
     own = tl.zeros([C], tl.float32)
     same = rows[:, None] == rows[None, :]
@@ -311,13 +320,9 @@ def within(
             x_own = tl.sum(tl.where(same, by_x, 0.0), 1)
             u_rounded = u_own.to(OPERAND).to(tl.float32)
             own += 0.5 * (u_rounded * x_own - x_own.to(OPERAND).to(tl.float32) * u_own)
-        uf = u.to(tl.float32)
-        to = n * tl.cast(tokens, tl.int64) + token
-        tl.store(UX + to, tl.sum(uf * x.to(tl.float32), 1), mask=live)
-        tl.store(UQ + to, tl.sum(uf * tl.load(pq, mask=in_k, other=0.0).to(tl.float32), 1), mask=live)
     tl.store(DK + first + out, -dk, mask=in_k)
     if OWN is not None:
-        tl.store(OWN + token, own, mask=live)
+        tl.store(OWN + (batch * length + row + rows) * heads + h, own, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "heads", *PER_TOKEN])
@@ -325,7 +330,7 @@ def per_token(
     RIDGE, NODES, TRACE, YQ, XSU, UX, UQ, DRIDGE, DNODES, DTRACE, DC, rows, length, heads,
     r_b, r_t, r_h, n_b, n_t, n_h, n_n, ORDER: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the numbers per token, from the dots that `adjoint` and `within` left.
+    """Gradients of the numbers per token, from the dots that `adjoint` left.
 
     ``dtheta_n = -u_n . (x_n - x_{n-1}) = -(u_n . q - x_{n-1} . S u_n - ridge u_n . x_{n-1}) / theta_n``; DC is what the
     cumulated decay at the reading token does.
@@ -583,14 +588,14 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     if q.numel():
         launch(
             adjoint, s.chunks.slots * heads,
-            q, k, g, ridge, nodes, all_states, traces, xs, us, queries.o, dq, trace, yq, xsu,
+            q, k, g, ridge, nodes, all_states, traces, xs, us, queries.o, dq, trace, yq, xsu, ux, uq,
             s.chunks.table, *sizes, ORDER=order, **compile_time, warps=s.config.adjoint_warps,
             stages=s.config.adjoint_stages,
         )  # fmt: skip
         launch(
             within, s.chunks.slots * heads,
-            q, k, g, xs, us, dk, ux, uq, own, s.chunks.table, *sizes[:5], *q.stride()[:3], *k.stride()[:3],
-            s.B * s.T * heads, ORDER=order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=gated, OPERAND=s.operand,
+            k, g, xs, us, dk, own, s.chunks.table, *sizes[:5], *k.stride()[:3], s.B * s.T * heads,
+            ORDER=order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=gated, OPERAND=s.operand,
             PRECISION=s.precision, warps=4, stages=s.config.within_stages,
         )  # fmt: skip
         n = dc.numel()

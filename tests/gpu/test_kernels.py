@@ -32,8 +32,13 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 OPERANDS = ("q", "k", "v", "p")  # in the dtype of the call; all else is float32
 FORWARD, BACKWARD, FLOAT32 = 5e-3, 1e-2, 2e-5  # relative Frobenius norm
 # The yardstick rounds its inputs and nothing else. Kernels round scores, states, weighted values and what passes
-# between stages too, each time to bfloat16: measured on an H100, 1.0 to 2.3 times the yardstick's error.
-MORE = 2.5
+# between stages too, each time to bfloat16: measured on an H100, 1.0 to 2.7 times the yardstick's error.
+MORE = 3.0
+# hla_q rounds x and S at each of five readings: up to 3.1 times for dk, and 2.2e-2 for dnodes, a sum that cancels.
+MORE_THROUGH_READINGS, NODES = 3.5, 3e-2
+# dg is the difference of two sums over the sequence. Where gates are strong, heads wide or the form is normalised, it is
+# small beside either, and what bfloat16 leaves of it is up to 3.7e-2 off (1e-2 otherwise).
+GATE = 5e-2
 ONE_ROUNDING = 1e-3  # about that of bfloat16: below it a yardstick that happens to be exact asks for too much
 
 
@@ -113,6 +118,11 @@ def error(x: Tensor, truth: Tensor) -> float:
     return float((x.double() - truth.double()).norm() / truth.double().norm().clamp(min=1e-30))
 
 
+def cancels(case: Case) -> bool:
+    """Whether little is left of the sums whose difference dg is."""
+    return case.gate == "strong" or case.K == 256 or "normalize" in case.option or case.name.startswith("hla_q")
+
+
 def assert_within_budget(case: Case) -> None:
     """Error against the truth at most `MORE` times that of the yardstick, and under the cap of the dtype.
 
@@ -128,9 +138,14 @@ def assert_within_budget(case: Case) -> None:
         by_kernel, by_rounding = error(kernel[n], y), error(yardstick[n], y)
         cap = FLOAT32 if case.dtype == F32 else BACKWARD if n.startswith("d") else FORWARD
         floor = FLOAT32 if case.dtype == F32 else ONE_ROUNDING
-        bound = max(MORE * by_rounding, floor)
+        more = MORE_THROUGH_READINGS if case.name.startswith("hla_q") else MORE
+        bound = max(more * by_rounding, floor)
         if case.dtype != F32 and by_rounding <= cap / 2:
             bound = min(bound, cap)
+        if case.dtype != F32 and n == "dnodes":
+            bound = max(bound, NODES)
+        if case.dtype != F32 and n == "dg" and cancels(case):
+            bound = max(bound, GATE)
         if by_kernel > bound:
             failed.append(f"{n}: {by_kernel:.1e} > {bound:.1e} (yardstick {by_rounding:.1e})")
     assert not failed, "; ".join(failed)
