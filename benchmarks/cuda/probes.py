@@ -62,4 +62,9 @@ def in_graph(functions: Sequence[Callable[[], object]], device: str) -> Callable
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         loop()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.keeps = functions  # type: ignore[attr-defined]  # a graph does not keep the tensors it was captured with
+    return replay

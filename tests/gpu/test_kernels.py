@@ -36,8 +36,8 @@ FORWARD, BACKWARD, FLOAT32 = 5e-3, 1e-2, 2e-5  # relative Frobenius norm
 MORE = 3.0
 # hla_q rounds x and S at each of five readings: up to 3.1 times for dk, and 2.2e-2 for dnodes, a sum that cancels.
 MORE_THROUGH_READINGS, NODES = 3.5, 3e-2
-# dg is the difference of two sums over the sequence. Where gates are strong, heads wide or the form is normalised, it is
-# small beside either, and what bfloat16 leaves of it is up to 3.7e-2 off (1e-2 otherwise).
+# dg is the difference of two sums over the sequence. Where gates are strong, heads wide or the form is normalised, it
+# is small beside either, and what bfloat16 leaves of it is up to 3.7e-2 off (1e-2 otherwise).
 GATE = 5e-2
 ONE_ROUNDING = 1e-3  # about that of bfloat16: below it a yardstick that happens to be exact asks for too much
 

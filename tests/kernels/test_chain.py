@@ -162,3 +162,26 @@ def test_packed_segments_cover_every_token_once(short_segments):
         assert own[0][1] == start and own[-1][2] == stop
         assert [bool(row[3] & 1) for row in own] == [i == 0 for i in range(len(own))]
         assert [bool(row[3] & 2) for row in own] == [i == len(own) - 1 for i in range(len(own))]
+
+
+@pytest.mark.parametrize("op", ["hla2", "hla_q"])
+def test_compiled_without_graph_breaks_they_compute_the_same(op):
+    def f(q, k, v, g):
+        return getattr(hla, op)(2 * q, k, v, g=g, backend="triton")[0].square()
+
+    q, k, v = (torch.randn(1, 20, 1, 4, requires_grad=True) for _ in range(3))
+    g = (-torch.rand(1, 20, 1)).requires_grad_()
+    found = []
+    for function in (f, torch.compile(f, fullgraph=True)):
+        o = function(q, k, v, g)
+        found.append([o, *torch.autograd.grad(o.sum(), [q, k, v, g])])
+    for a, b in zip(*found, strict=True):
+        assert_close(b, a.double(), 1e-5)
+
+
+def test_double_backward_is_refused():
+    q, k, v = (torch.randn(1, 5, 1, 4, requires_grad=True) for _ in range(3))
+    for op in ("hla2", "hla_q"):
+        o, _ = getattr(hla, op)(q, k, v, backend="triton")
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(o.sum(), q, create_graph=True)
