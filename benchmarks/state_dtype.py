@@ -82,8 +82,9 @@ def plot(rows: list[dict], path: Path) -> None:
         ax.set(xscale="log", yscale="log", xlabel="tokens", title=op)
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("relative error of the outputs")
-    axes[0][0].legend(title="bfloat16 solid, float32 dotted")
-    figure.tight_layout()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=len(DECAYS), title="bfloat16 solid, float32 dotted")
+    figure.tight_layout(rect=(0, 0.14, 1, 1))
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
