@@ -18,7 +18,7 @@ from torch import Tensor
 from hla.kernels.fused import fits, fused, matches
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import Read, read, row_dot, sum_heads
-from hla.kernels.segments import Cut, cut, sum_later
+from hla.kernels.segments import Cut, cut, minus_earlier, sum_later
 from hla.ops.linear_attn import Stage
 
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
@@ -207,8 +207,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     p = decode(plan)
     x, initial = p.unflatten(flat)
     sizes = _Sizes(p, x, g)
-    finals, kept = saved[: len(saved) - len(p.kept)], saved[len(saved) - len(p.kept) :]
-    x |= dict(zip(p.kept, kept, strict=True))
+    x |= dict(zip(p.kept, saved, strict=True))
     names = [name for name, _ in p.outputs]
     need_g, _, *needed = needed
     back = _Backward(x, need_g, g, sizes, sizes.cut(cu_seqlens))
@@ -226,11 +225,20 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     given_states = [i for i, is_given in enumerate(p.initial) if is_given]
     for i, need in zip(given_states, needed[len(p.tensors) + len(p.per_token) :], strict=False):
         results.append(dinitial[i] if need else None)
-    dg = _gate_gradient(p, sizes, back, finals, dfinals, initial, dinitial, cu_seqlens) if need_g else None
+    dg = (
+        _gate_gradient(p, sizes, back, initial, [dinitial[i] for i in range(len(p.stages))], cu_seqlens)
+        if need_g
+        else None
+    )
     return [dg, None, *results]
 
 
-_operation = Operation("chain", _forward, _fake, _backward, lambda plan: len(decode(plan).outputs))
+def _results(plan: str) -> int:
+    p = decode(plan)
+    return len(p.outputs) + (len(p.stages) if p.finals else 0)
+
+
+_operation = Operation("chain", _forward, _fake, _backward, first_saved=_results)
 
 
 class _Backward:
@@ -341,15 +349,17 @@ def _scaled(y: Tensor, gain: float | Tensor) -> Tensor:
     return y * gain
 
 
-def _gate_gradient(p, sizes, back, finals, dfinals, initial, dinitial, cu_seqlens) -> Tensor:
-    """``dg``: the sums of dc over all later tokens, with what the decay up to an end does to the state there."""
+def _gate_gradient(p, sizes, back, initial, dinitial, cu_seqlens) -> Tensor:
+    """``dg``: the sums of dc over all later tokens, with what the decay up to an end does to the state there.
+
+    All of dc together, what the decay up to the last token does to the final state included, is what scaling the
+    initial state does. (Reversed stages have theirs at the last token.)
+    """
     total = None
-    for i, s in enumerate(p.stages):
-        state, dstate = (
-            (initial[i], dinitial[i]) if s.mode == "reversed" else (finals[i] if finals else None, dfinals[i])
-        )
+    for s, state, dstate in zip(p.stages, initial, dinitial, strict=True):
         if state is not None and dstate is not None:
             y = s.gate * (state * dstate).sum((-1, -2)).unflatten(1, (sizes.gate, -1)).sum(-1)
             total = y if total is None else total + y
-    dg = sum_later(back.dc, total, cu_seqlens)
+    sums = sum_later if p.stages[0].mode == "reversed" else minus_earlier
+    dg = sums(back.dc, total, cu_seqlens)
     return dg - back.dread if isinstance(back.dread, Tensor) else dg

@@ -156,18 +156,34 @@ def _enter(
 
 def sum_later(dc: Tensor, at_ends: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """``sum_{s >= t} dc_s`` within each sequence, ``[B, T, H]`` float32; ``at_ends [N, H]`` is added at last tokens."""
+    return _sums(dc, at_ends, cu_seqlens, earlier=False)
+
+
+def minus_earlier(dc: Tensor, at_starts: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+    """``at_starts - sum_{s < t} dc_s`` within each sequence, ``[B, T, H]`` float32; ``at_starts [N, H]`` or None.
+
+    The same as `sum_later` where ``at_starts`` is the sum of everything, ends included, and more precise where ends are
+    large and come from another pass: then they need not cancel.
+    """
+    return _sums(dc, at_starts, cu_seqlens, earlier=True)
+
+
+def _sums(dc: Tensor, borders: Tensor | None, cu_seqlens: Tensor | None, earlier: bool) -> Tensor:
     out = torch.empty_like(dc, memory_format=torch.contiguous_format)
     B, T, H = dc.shape
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
     blocks = triton.cdiv(H, 16)
     if out.numel():
-        ends = None if at_ends is None else at_ends.float().contiguous()
-        launch(_sum_later, sequences * blocks, dc.contiguous(), ends, cu_seqlens, out, T, H, blocks, ROWS=256, HEADS=16)
+        borders = None if borders is None else borders.float().contiguous()
+        launch(
+            _sum, sequences * blocks, dc.contiguous(), borders, cu_seqlens, out, T, H, blocks,
+            EARLIER=earlier, ROWS=256, HEADS=16,
+        )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["length", "heads", "blocks"])
-def _sum_later(DC, ENDS, CU, OUT, length, heads, blocks, ROWS: tl.constexpr, HEADS: tl.constexpr):
+def _sum(DC, BORDERS, CU, OUT, length, heads, blocks, EARLIER: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
     n = tl.program_id(0) // blocks
     h = (tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)
     if CU is None:
@@ -177,13 +193,17 @@ def _sum_later(DC, ENDS, CU, OUT, length, heads, blocks, ROWS: tl.constexpr, HEA
         start = tl.load(CU + n).to(tl.int64)
         stop = tl.load(CU + n + 1).to(tl.int64)
     carry = tl.zeros([HEADS], tl.float64)
-    if ENDS is not None:
-        carry += tl.load(ENDS + n * heads + h, mask=h < heads, other=0.0)
+    if BORDERS is not None:
+        carry += tl.load(BORDERS + n * heads + h, mask=h < heads, other=0.0)
     for i in range(0, tl.cdiv(stop - start, ROWS)):
-        t = stop - (i + 1) * ROWS + tl.arange(0, ROWS)
-        inside = (t >= start)[:, None] & (h < heads)[None, :]
+        t = (start + i * ROWS if EARLIER else stop - (i + 1) * ROWS) + tl.arange(0, ROWS)
+        inside = ((t >= start) & (t < stop))[:, None] & (h < heads)[None, :]
         at = t[:, None] * heads + h[None, :]
         x = tl.load(DC + at, mask=inside, other=0.0)
-        later = tl.cumsum(x, 0, reverse=True)
-        tl.store(OUT + at, (later + carry[None, :]).to(tl.float32), mask=inside)
-        carry += tl.sum(x, 0)
+        if EARLIER:
+            y = carry[None, :] - (tl.cumsum(x, 0) - x)
+            carry -= tl.sum(x, 0)
+        else:
+            y = carry[None, :] + tl.cumsum(x, 0, reverse=True)
+            carry += tl.sum(x, 0)
+        tl.store(OUT + at, y.to(tl.float32), mask=inside)
