@@ -1,0 +1,427 @@
+"""The kernels of `hla.kernels.query_side`; its docstring has the mathematics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+PER_TOKEN = ("r_b", "r_t", "r_h", "n_b", "n_t", "n_h", "n_n")  # strides that no load's width depends on
+
+
+@triton.jit
+def _segment(SLOTS, slot, per_sequence, segment, length):
+    """(sequence, batch row, first token, behind the last token) of a slot."""
+    if SLOTS is None:
+        sequence = slot // per_sequence
+        start = (slot % per_sequence) * segment
+        stop = tl.minimum(start + segment, length)
+        batch = tl.cast(sequence, tl.int64)
+    else:
+        sequence = tl.load(SLOTS + slot * 4)
+        start = tl.load(SLOTS + slot * 4 + 1)
+        stop = tl.load(SLOTS + slot * 4 + 2)
+        batch = tl.cast(0, tl.int64)
+    return sequence, batch, start, stop
+
+
+@triton.jit
+def _decays(G, at, live, heads, h):
+    """Log2-decays of a chunk, and their sums up to each token. (See `linear_attn.walk` for the bound.)"""
+    g = tl.load(G + at * heads + h, mask=live, other=0.0).to(tl.float32)
+    g = tl.maximum(g, -110.0) * 1.4426950408889634
+    return tl.cumsum(g, 0), tl.sum(g, 0)
+
+
+@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "chunks_per_sequence", "heads", "gg"])
+def states(
+    K, G, ENTER, STATES, TRACES, LEAVE, SLOTS, CHUNKS, FIRST,
+    length, segment, per_sequence, chunks_per_sequence, heads, gg, k_b, k_t, k_h, e_n, e_h, e_k, e_v,
+    D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BV columns of the S that enters each chunk of a segment, and their part of its trace (float32)."""
+    blocks: tl.constexpr = (D + BV - 1) // BV
+    block = tl.program_id(0) % blocks
+    h = (tl.program_id(0) // blocks) % heads
+    slot = tl.program_id(0) // (blocks * heads)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    cv = block * BV + tl.arange(0, BV)
+    inside = (ck < D)[:, None] & (cv < D)[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    if ENTER is not None:
+        pe = ENTER + tl.cast(slot if SPLIT else sequence, tl.int64) * e_n + h * e_h
+        state = tl.load(pe + ck[:, None] * e_k + cv[None, :] * e_v, mask=inside, other=0.0).to(tl.float32)
+    trace = tl.sum(tl.sum(tl.where(ck[:, None] == cv[None, :], state, 0.0), 0), 0)
+    if CHUNKS is None:
+        chunk = sequence * chunks_per_sequence + start // C
+        at_end = start + segment >= length
+    else:
+        first = tl.load(FIRST + sequence)
+        chunk = first + (start - tl.load(CHUNKS + first * 4 + 1)) // C
+        at_end = (tl.load(SLOTS + slot * 4 + 3) & 2) != 0
+    K += batch * k_b + h * k_h
+    for i in range(0, tl.cdiv(stop - start, C)):
+        t = start + i * C
+        live = t + rows < stop
+        row = tl.cast(t, tl.int64)
+        pk = K + row * k_t + rows[:, None] * k_t
+        k = tl.load(pk + ck[None, :], mask=live[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
+        v = tl.load(pk + cv[None, :], mask=live[:, None] & (cv < D)[None, :], other=0.0).to(tl.float32)
+        at = tl.cast(chunk + i, tl.int64) * heads + h
+        ps = STATES + at * (D * D) + ck[:, None] * D + cv[None, :]
+        tl.store(ps, state.to(STATES.dtype.element_ty), mask=inside)
+        tl.store(TRACES + at * blocks + block, trace)
+        if GATED:
+            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
+            weight = tl.exp2(total - c)
+            rho = tl.exp2(total)
+            trace = trace * rho + tl.sum(tl.sum(v * v, 1) * weight, 0)
+            state *= rho
+            v *= weight[:, None]
+        else:
+            trace += tl.sum(tl.sum(v * v, 1), 0)
+        state = tl.dot(tl.trans(k), v.to(OPERAND), state, input_precision=PRECISION)
+    if LEAVE is not None:
+        if at_end:
+            p = LEAVE + (tl.cast(sequence, tl.int64) * heads + h) * (D * D) + ck[:, None] * D + cv[None, :]
+            tl.store(p, state, mask=inside)
+
+
+@triton.jit
+def _chunk(
+    K, G, STATES, TRACES, batch, slot, start, stop, length, kv_heads, hk, group_g, k_b, k_t, k_h,
+    D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr, GATED: tl.constexpr,
+    OPERAND: tl.constexpr,
+):  # fmt: skip
+    """What every reading of a chunk needs: k, S, the decays up to each token, the decayed mask, the trace of S_t."""
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    live = start + rows < stop
+    row = tl.cast(start, tl.int64)
+    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+    k = tl.load(K + batch * k_b + hk * k_h + row * k_t + rows[:, None] * k_t + ck[None, :], mask=in_k, other=0.0)
+    at = tl.cast(slot, tl.int64) * kv_heads + hk
+    p = STATES + at * (D * D) + ck[:, None] * D + ck[None, :]
+    if D == BK:
+        S = tl.load(p).to(OPERAND)
+    else:
+        S = tl.load(p, mask=(ck < D)[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
+    trace = 0.0
+    for b in tl.static_range(BLOCKS):
+        trace += tl.load(TRACES + at * BLOCKS + b)
+    kf = k.to(tl.float32)
+    squares = tl.sum(kf * kf, 1)
+    mask = rows[:, None] >= rows[None, :]
+    if GATED:
+        c, total = _decays(G, batch * length + row + rows, live, kv_heads // group_g, hk // group_g)
+        E = tl.where(mask, tl.exp2(c[:, None] - c[None, :]), 0.0)
+        read = tl.exp2(c)
+    else:
+        E = tl.where(mask, 1.0, 0.0)
+        read = tl.full([C], 1.0, tl.float32)
+    traces = read * trace + tl.sum(E * squares[None, :], 1)
+    return k.to(OPERAND), S, read, E, traces, live, in_k
+
+
+@triton.jit
+def _step(nodes, ridge, traces, live):
+    """``1 / theta_n`` and the node itself."""
+    node = tl.load(nodes, mask=live, other=1.0).to(tl.float32)
+    return 1.0 / tl.where(live, ridge + node * traces, 1.0), node
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN, "tokens"])
+def solve(
+    Q, K, G, RIDGE, NODES, STATES, TRACES, XS, X, SLOTS, length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n, tokens,
+    READINGS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """READINGS of one chunk and one head: the last x to X, or all of them to ``XS[0 .. READINGS]``."""
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    k, S, read, E, traces, live, in_k = _chunk(
+        K, G, STATES, TRACES, batch, slot, start, stop, length, heads // group, h // group, gg, k_b, k_t, k_h,
+        D, C, BK, BLOCKS, GATED, OPERAND,
+    )  # fmt: skip
+    row = tl.cast(start, tl.int64)
+    q = tl.load(Q + batch * q_b + h * q_h + row * q_t + rows[:, None] * q_t + ck[None, :], mask=in_k, other=0.0)
+    ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
+    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
+    first = ((batch * length + row) * heads + h) * D
+    out = rows[:, None] * (heads * D) + ck[None, :]
+    step, _ = _step(nodes, ridge, traces, live)
+    x = q.to(tl.float32) * step[:, None]
+    for n in range(1, READINGS + 1):
+        xb = x.to(OPERAND)
+        if XS is not None:
+            tl.store(
+                XS + ((n - 1) * (tl.cast(tokens, tl.int64) * D) + first) + out, xb.to(XS.dtype.element_ty), mask=in_k
+            )
+        # x itself accumulates, from operands scaled ahead: y, apart from it, would take 64 more registers.
+        step, _ = _step(nodes + n * n_n, ridge, traces, live)
+        by = step[:, None]
+        scores = (tl.dot(xb, tl.trans(k), input_precision=PRECISION) * (-by * E)).to(OPERAND)
+        xb = (x * (-by * read[:, None])).to(OPERAND)
+        x = x * (1.0 - by * ridge[:, None]) + by * q.to(tl.float32)
+        x = tl.dot(xb, S, x, input_precision=PRECISION)
+        x = tl.dot(scores, k, x, input_precision=PRECISION)
+    if XS is not None:
+        tl.store(XS + (READINGS * (tl.cast(tokens, tl.int64) * D) + first) + out, x.to(XS.dtype.element_ty), mask=in_k)
+    else:
+        tl.store(X + first + out, x.to(X.dtype.element_ty), mask=in_k)
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN, "tokens"])
+def adjoint(
+    Q, K, G, RIDGE, NODES, STATES, TRACES, XS, US, DX, DQ, TRACE, YQ, XSU, UX, UQ, SLOTS,
+    length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n, tokens,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of ``x_order`` to that of q; ``u_n`` goes to ``US[n - 1]``.
+
+    For `per_token`: trace(S_t) to TRACE, ``y_0 . q`` to YQ, and to place n - 1 of XSU, UX and UQ the dots
+    ``x_{n-1} . S u_n``, ``u_n . x_{n-1}`` and ``u_n . q``.
+    """
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    k, S, read, E, traces, live, in_k = _chunk(
+        K, G, STATES, TRACES, batch, slot, start, stop, length, heads // group, h // group, gg, k_b, k_t, k_h,
+        D, C, BK, BLOCKS, GATED, OPERAND,
+    )  # fmt: skip
+    row = tl.cast(start, tl.int64)
+    token = (batch * length + row + rows) * heads + h
+    first = ((batch * length + row) * heads + h) * D
+    out = rows[:, None] * (heads * D) + ck[None, :]
+    ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
+    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
+    tl.store(TRACE + token, traces, mask=live)
+    y = tl.load(DX + first + out, mask=in_k, other=0.0).to(tl.float32)
+    for i in range(0, ORDER):
+        n = ORDER - i
+        step, _ = _step(nodes + n * n_n, ridge, traces, live)
+        at = (n - 1) * (tl.cast(tokens, tl.int64) * D) + first
+        x = tl.load(XS + at + out, mask=in_k, other=0.0).to(tl.float32)
+        by = step[:, None]
+        ub = (y * by).to(OPERAND)
+        tl.store(US + at + out, ub.to(US.dtype.element_ty), mask=in_k)
+        y *= 1.0 - by * ridge[:, None]
+        to = (n - 1) * tl.cast(tokens, tl.int64) + token
+        tl.store(UX + to, tl.sum(x * ub.to(tl.float32), 1), mask=live)
+        before = tl.sum(x * y, 1)
+        scores = (tl.dot(ub, tl.trans(k), input_precision=PRECISION) * -E).to(OPERAND)
+        ub = (ub.to(tl.float32) * -read[:, None]).to(OPERAND)
+        y = tl.dot(ub, S, y, input_precision=PRECISION)
+        x = tl.load(XS + at + out, mask=in_k, other=0.0).to(tl.float32)  # again: kept, it would take 64 registers
+        y = tl.dot(scores, k, y, input_precision=PRECISION)
+        tl.store(XSU + to, before - tl.sum(x * y, 1), mask=live)
+    step, _ = _step(nodes, ridge, traces, live)
+    pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
+    q = tl.load(pq, mask=in_k, other=0.0).to(tl.float32)
+    tl.store(YQ + token, tl.sum(q * y, 1), mask=live)
+    tl.debug_barrier()  # what is read now was written by other threads
+    dq = tl.zeros([C, BK], tl.float32)
+    for n in range(0, ORDER):
+        at = n * (tl.cast(tokens, tl.int64) * D) + first
+        u = tl.load(US + at + out, mask=in_k, other=0.0).to(tl.float32)
+        dq += u
+        tl.store(UQ + n * tl.cast(tokens, tl.int64) + token, tl.sum(u * q, 1), mask=live)
+    dq += y * step[:, None]
+    tl.store(DQ + first + out, dq.to(DQ.dtype.element_ty), mask=in_k)
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", "tokens"])
+def within(
+    K, G, XS, US, DK, OWN, SLOTS, length, per_sequence, heads, group, gg, k_b, k_t, k_h, tokens,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The part of k's gradient that comes from readings in the same chunk, to DK ``[B, T, heads, D]``.
+
+    OWN gets what the dots of the gate's gradient hold of readings of a token by itself, which cancel there but for
+    their rounding.
+    """
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    live = start + rows < stop
+    row = tl.cast(start, tl.int64)
+    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+    pk = K + (batch * k_b + (h // group) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
+    k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
+    later = rows[:, None] <= rows[None, :]
+    if GATED:
+        c, _ = _decays(G, batch * length + row + rows, live, heads // group // gg, h // group // gg)
+        E = tl.where(later, tl.exp2(c[None, :] - c[:, None]), 0.0)
+    else:
+        E = tl.where(later, 1.0, 0.0)
+    first = ((batch * length + row) * heads + h) * D
+    out = rows[:, None] * (heads * D) + ck[None, :]
+    dk = tl.zeros([C, BK], tl.float32)
+    own = tl.zeros([C], tl.float32)
+    same = rows[:, None] == rows[None, :]
+    for n in range(0, ORDER):
+        at = n * (tl.cast(tokens, tl.int64) * D) + first
+        x = tl.load(XS + at + out, mask=in_k, other=0.0).to(OPERAND)
+        u = tl.load(US + at + out, mask=in_k, other=0.0).to(OPERAND)
+        by_u = tl.dot(k, tl.trans(u), input_precision=PRECISION) * E
+        dk = tl.dot(by_u.to(OPERAND), x, dk, input_precision=PRECISION)
+        by_x = tl.dot(k, tl.trans(x), input_precision=PRECISION) * E
+        dk = tl.dot(by_x.to(OPERAND), u, dk, input_precision=PRECISION)
+        if OWN is not None:
+            # Of both products one factor was rounded; `adjoint` rounded by_u alone.
+            u_own = tl.sum(tl.where(same, by_u, 0.0), 1)
+            x_own = tl.sum(tl.where(same, by_x, 0.0), 1)
+            u_rounded = u_own.to(OPERAND).to(tl.float32)
+            own += 0.5 * (u_rounded * x_own - x_own.to(OPERAND).to(tl.float32) * u_own)
+    tl.store(DK + first + out, -dk, mask=in_k)
+    if OWN is not None:
+        tl.store(OWN + (batch * length + row + rows) * heads + h, own, mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "length", "heads", *PER_TOKEN])
+def per_token(
+    RIDGE, NODES, TRACE, YQ, XSU, UX, UQ, DRIDGE, DNODES, DTRACE, DC, rows, length, heads,
+    r_b, r_t, r_h, n_b, n_t, n_h, n_n, ORDER: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the numbers per token, from the dots that `adjoint` left.
+
+    ``dtheta_n = -u_n . (x_n - x_{n-1}) = -(u_n . q - x_{n-1} . S u_n - ridge u_n . x_{n-1}) / theta_n``; DC is what the
+    cumulated decay at the reading token does.
+    """
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    live = i < rows
+    h = i % heads
+    t = (i // heads) % length
+    b = (i // heads) // length
+    ridge = tl.load(RIDGE + (b * r_b + t * r_t + h * r_h), mask=live, other=1.0).to(tl.float32)
+    trace = tl.load(TRACE + i, mask=live, other=0.0)
+    nodes = NODES + (b * n_b + t * n_t + h * n_h)
+    step, node = _step(nodes, ridge, trace, live)
+    dtheta = -step * step * tl.load(YQ + i, mask=live, other=0.0)
+    tl.store(DNODES + i * (ORDER + 1), dtheta * trace, mask=live)
+    dridge = dtheta
+    dtrace = dtheta * node
+    dc = tl.zeros([N], tl.float32)
+    for n in tl.static_range(ORDER):
+        ux = tl.load(UX + n * rows + i, mask=live, other=0.0)
+        uq = tl.load(UQ + n * rows + i, mask=live, other=0.0)
+        xSu = tl.load(XSU + n * rows + i, mask=live, other=0.0)
+        step, node = _step(nodes + (n + 1) * n_n, ridge, trace, live)
+        dtheta = -step * (uq - xSu - ridge * ux)
+        tl.store(DNODES + i * (ORDER + 1) + n + 1, dtheta * trace, mask=live)
+        dridge += dtheta - ux
+        dtrace += dtheta * node
+        dc -= xSu
+    tl.store(DRIDGE + i, dridge, mask=live)
+    tl.store(DTRACE + i, dtrace, mask=live)
+    tl.store(DC + i, dc + dtrace * trace, mask=live)
+
+
+@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "heads", "group", "gg", "tokens"])
+def fold(
+    K, G, XS, US, DTRACE, DK, ADDED, OUT, DOT, ENTER, ENTER_TRACE, LEAVE, LEAVE_TRACE, TOTAL, SLOTS,
+    length, segment, per_sequence, heads, group, gg, k_b, k_t, k_h, e_n, e_h, e_k, e_v, tokens,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
+    GATED: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The reversed moment ``N = sum x_{n-1} u_n^T`` walked through a segment, ``-G = N + N^T``: OUT is DK, the readings
+    of G and m, and ADDED; DOT gets the dots of k with all but ADDED.
+
+    With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
+    """
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
+    if sequence < 0:
+        return
+    if LEAVE is not None:
+        if SLOTS is None:
+            if start == 0:
+                return
+        elif (tl.load(SLOTS + slot * 4 + 3) & 1) != 0:
+            return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    inside = (ck < D)[:, None] & (ck < D)[None, :]
+    state = tl.zeros([BK, BK], tl.float32)
+    m = 0.0
+    passed = 0.0
+    if ENTER is not None:
+        at = tl.cast(slot if SPLIT else sequence, tl.int64)
+        p = ENTER + at * e_n + h * e_h + ck[:, None] * e_k + ck[None, :] * e_v
+        state = tl.load(p, mask=inside, other=0.0).to(tl.float32)
+        if ENTER_TRACE is not None:
+            m = tl.load(ENTER_TRACE + at * heads + h)
+    K += batch * k_b + (h // group) * k_h
+    chunks = tl.cdiv(stop - start, C)
+    for i in range(0, chunks):
+        t = start + (chunks - 1 - i) * C
+        live = t + rows < stop
+        row = tl.cast(t, tl.int64)
+        token = (batch * length + row + rows) * heads + h
+        first = ((batch * length + row) * heads + h) * D
+        out = rows[:, None] * (heads * D) + ck[None, :]
+        in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+        dtrace = tl.load(DTRACE + token, mask=live, other=0.0)
+        if GATED:
+            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
+            weight = tl.exp2(c)
+            passed += total
+        if LEAVE is None:
+            k = tl.load(K + row * k_t + (rows[:, None] * k_t + ck[None, :]), mask=in_k, other=0.0).to(OPERAND)
+            rounded = state.to(OPERAND)
+            acc = tl.dot(k, rounded, input_precision=PRECISION)
+            acc = tl.dot(k, tl.trans(rounded), acc, input_precision=PRECISION)
+            later = rows[:, None] <= rows[None, :]
+            if GATED:
+                acc *= tl.exp2(total - c)[:, None]
+                E = tl.where(later, tl.exp2(c[None, :] - c[:, None]), 0.0)
+                mt = m * tl.exp2(total - c) + tl.sum(E * dtrace[None, :], 1)
+            else:
+                mt = m + tl.sum(tl.where(later, dtrace[None, :], 0.0), 1)
+            kf = k.to(tl.float32)
+            acc = tl.load(DK + first + out, mask=in_k, other=0.0) + 2.0 * mt[:, None] * kf - acc
+            if DOT is not None:
+                tl.store(DOT + token, tl.sum(acc * kf, 1), mask=live)
+            acc += tl.load(ADDED + first + out, mask=in_k, other=0.0).to(tl.float32)
+            tl.store(OUT + first + out, acc.to(OUT.dtype.element_ty), mask=in_k)
+        if GATED:
+            rho = tl.exp2(total)
+            state *= rho
+            m = m * rho + tl.sum(dtrace * weight, 0)
+        else:
+            m += tl.sum(dtrace, 0)
+        for n in range(0, ORDER):
+            at = n * (tl.cast(tokens, tl.int64) * D) + first
+            x = tl.load(XS + at + out, mask=in_k, other=0.0).to(OPERAND)
+            u = tl.load(US + at + out, mask=in_k, other=0.0).to(OPERAND)
+            if GATED:
+                u = (u.to(tl.float32) * weight[:, None]).to(OPERAND)
+            state = tl.dot(tl.trans(x), u, state, input_precision=PRECISION)
+    if LEAVE is not None:
+        at = tl.cast(slot, tl.int64) * heads + h
+        tl.store(LEAVE + at * (D * D) + ck[:, None] * D + ck[None, :], state, mask=inside)
+        tl.store(LEAVE_TRACE + at, m)
+        if TOTAL is not None:
+            tl.store(TOTAL + at, passed)
