@@ -173,7 +173,7 @@ def _forward(
             done.o.add_(_times(_number(ridge, x), x[residual]))
         x[s.out] = done.o
         finals += [] if done.final is None else [done.final]
-    return [*(x[name] for name in dtypes), *finals], [x[name] for name in p.kept]
+    return [*(x[name] for name in dtypes), *finals], [x[name].clone() if name in dtypes else x[name] for name in p.kept]
 
 
 def _fake(plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tensor) -> tuple[list, list]:
@@ -213,7 +213,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     back = _Backward(x, need_g, g, sizes, sizes.cut(cu_seqlens))
     for name, dy in zip(names, grads, strict=False):
         if dy is not None:
-            back.d[name] = dy.contiguous()
+            back.d[name] = dy.clone() if name in p.kept else dy.contiguous()  # (more may be added to the former)
     dfinals = list(grads[len(names) : len(names) + len(p.stages)]) if p.finals else [None] * len(p.stages)
     dinitial: dict[int, Tensor] = {}
     for i in range(len(p.stages) - 1, -1, -1):

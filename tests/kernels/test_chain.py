@@ -185,3 +185,23 @@ def test_double_backward_is_refused():
         o, _ = getattr(hla, op)(q, k, v, backend="triton")
         with pytest.raises(RuntimeError, match="double backward"):
             torch.autograd.grad(o.sum(), q, create_graph=True)
+
+
+def test_the_gradient_of_an_output_that_a_later_stage_reads_is_not_written_to():
+    r = lambda *s: torch.randn(*s, dtype=F64)  # noqa: E731
+    x = {"q": r(1, 20, 1, 3), "k": r(1, 20, 1, 3), "v": r(1, 20, 1, 5)}
+    given = [r(1, 20, 1, 5), r(1, 20, 1, 5)]
+    stages = [Stage("v1", "q", "k", "v"), Stage("v2", "q", "k", "v1")]
+    found = []
+    for run, dtype in ((chain, torch.float32), (torch_chain, F64)):
+        leaves = [y.detach().to(dtype, copy=True).requires_grad_() for y in x.values()]
+        outputs, _ = run(
+            stages, dict(zip(x, leaves, strict=True)), {}, None,
+            outputs={"v1": dtype, "v2": dtype}, initial_states=[None, None],
+        )  # fmt: skip
+        douts = [y.to(dtype, copy=True) for y in given]
+        found.append(torch.autograd.grad(outputs, leaves, douts))
+        for y, z in zip(douts, given, strict=True):
+            assert torch.equal(y, z.to(dtype))
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, 1e-4)
