@@ -1,8 +1,8 @@
 """The table of configurations: block sizes, warps and pipeline depth, by head size, dtype and device.
 
-A fixed table instead of autotuning: the first call at a new shape compiles each kernel once, and no length, batch or
-packing ever compiles or tunes again. `tests/kernels/test_offline.py` compiles every row without a GPU and asserts its
-spills and its shared memory.
+A fixed table instead of autotuning. Whole sequences, split ones and packed ones are three variants of a kernel, each
+compiled when first met; beyond that no length, batch or packing compiles or tunes again.
+`tests/kernels/test_offline.py` compiles rows for several cards without a GPU and asserts spills and shared memory.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class QuerySideConfig(NamedTuple):
 def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> QuerySideConfig:
     """For the kernels of `query_side`."""
     if wide:
-        return QuerySideConfig(chunk=32, states_stages=1, within_stages=1, fold_warps=8, fold_stages=1)
+        return QuerySideConfig(chunk=32, states_stages=1, within_stages=1, fold_stages=1)
     if little_memory(capability):
-        return QuerySideConfig(chunk=32, states_stages=2, within_stages=1, fold_warps=8, fold_stages=1)
+        return QuerySideConfig(chunk=32, states_stages=2, within_stages=1, fold_stages=1)
     return QuerySideConfig(fold_warps=8 if key > 64 else 4)
 
 

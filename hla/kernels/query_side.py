@@ -36,9 +36,9 @@ LARGEST = 128
 class _Sizes:
     """Shapes, cuts and configuration of one call."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, order: int):
+    def __init__(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, order: int):
         self.B, self.T, self.HQ, self.K = q.shape
-        self.HKV, self.V, self.order, self.device = k.shape[2], v.shape[3], order, q.device
+        self.HKV, self.order, self.device = k.shape[2], order, q.device
         self.operand, self.precision = operand(q, k)
         self.dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # of what passes through memory
         self.config = query_side_config(self.K, self.operand == tl.float32, device_config(q.device)[0])
@@ -106,7 +106,7 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: boo
     """([o] and, if wanted, the final S and P; [x_order])."""
     scale, final = _decode(plan)
     order = nodes.shape[-1] - 1
-    s = _Sizes(q, k, v, cu_seqlens, order)
+    s = _Sizes(q, k, cu_seqlens, order)
     all_states, traces, S_final = _run_states(s, k, g, S, final)
     x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces, order, keep=False)
     del all_states
@@ -136,7 +136,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     if do is None:
         do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
     order, heads, group = nodes.shape[-1] - 1, q.shape[2], q.shape[2] // k.shape[2]
-    s = _Sizes(q, k, v, cu_seqlens, order)
+    s = _Sizes(q, k, cu_seqlens, order)
     do = do.contiguous()
     gated = needed[3]
 
