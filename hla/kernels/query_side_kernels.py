@@ -213,7 +213,7 @@ def adjoint(
     nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
     tl.store(TRACE + token, traces, mask=live)
     y = tl.load(DX + first + out, mask=in_k, other=0.0).to(tl.float32)
-    for i in range(0, ORDER):
+    for i in tl.range(0, ORDER, num_stages=2):  # (the next x is on its way while this one is used)
         n = ORDER - i
         step, _ = _step(nodes + n * n_n, ridge, traces, live)
         at = (n - 1) * (tl.cast(tokens, tl.int64) * D) + first
