@@ -1,5 +1,7 @@
 """One token of an operator: `hla.step` in place on a float32 state, beside fla's and softmax attention on a cache.
 
+"packed": S as the lower triangle of its tiles. "4 tokens": four in one call, whose microseconds the row has.
+
 All of them captured in CUDA graphs of several calls, as a model that decodes captures its layers: the CPU's launches
 do not count. Small states are as many as there are calls, so that they do not all stay in the L2 cache.
 """
@@ -7,6 +9,7 @@ do not count. Small states are as many as there are calls, so that they do not a
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ import hla
 from benchmarks.cuda.guard import Budget, guarded
 from benchmarks.cuda.probes import Ceilings, in_graph, kernels_launched
 from benchmarks.measure import interleaved_medians
-from hla.ops.state import zeros
+from hla.ops.state import packed_shape, zeros
 
 CALLS = 8  # in one graph
 APART = 1 << 30  # bytes of state up to which every call has its own
@@ -42,21 +45,30 @@ def tokens(
         return F.normalize(torch.randn(*shape, generator=generator, device=device, dtype=torch.bfloat16), dim=-1)
 
     q, k, v = (new(batch, heads, dim) for _ in range(3))
+    four = (new(batch, 4, heads, dim), new(batch, 4, heads, dim), new(batch, 4, heads, dim))
     g = torch.full((batch, heads), -0.02, device=device)
     moment = 4 * batch * heads * dim * dim
 
-    def step(op: str, **kwargs: Any) -> Callable[[], Callable[[], object]]:
+    def step(op: str, packed: bool = False, inputs: tuple[Tensor, Tensor, Tensor] = (q, k, v), **kwargs: Any) -> Token:
         def make() -> Callable[[], object]:
             order = 4 if op == "hla_q" else None
-            state = zeros(op, batch, heads, heads, dim, dim, order=order, p_heads=heads, device=device)
-            return lambda: hla.step(op, q, k, v, state, out_state=state, **kwargs)
+            state: Any = zeros(op, batch, heads, heads, dim, dim, order=order, p_heads=heads, device=device)
+            state = state.pack() if packed else state
+            return lambda: hla.step(op, *inputs, state, out_state=state, **kwargs)
 
-        return make
+        size = moment * (1 if op == "linear_attn" else 2)
+        if packed:
+            size = moment + 4 * batch * heads * math.prod(packed_shape(dim))
+        return Token(make, size, True)
 
     found = {
-        "hla2": Token(step("hla2"), 2 * moment, True),
-        "linear_attn": Token(step("linear_attn"), moment, True),
-        "hla_q default form": Token(step("hla_q", g=g, ridge=1 - g), 2 * moment, True),
+        "hla2": step("hla2"),
+        "hla2, packed": step("hla2", packed=True),
+        "hla2, 4 tokens": step("hla2", inputs=four),
+        "hla2, packed, 4 tokens": step("hla2", packed=True, inputs=four),
+        "linear_attn": step("linear_attn"),
+        "hla_q default form": step("hla_q", g=g, ridge=1 - g),
+        "hla_q default form, packed": step("hla_q", packed=True, g=g, ridge=1 - g),
     }
     missing: dict[str, str] = {}
     memory = torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 2 << 30

@@ -1,12 +1,15 @@
-"""`hla.step` as one kernel: a token updates the state and is answered from it in a single pass over memory.
+"""`hla.step` as one kernel: a few tokens update the state and are answered from it in a single pass over memory.
 
-Decoding moves the whole state once per token and computes next to nothing, so bytes are everything. One program owns
+Decoding moves the whole state once per call and computes next to nothing, so bytes are everything. One program owns
 one key/value head of one row: it streams the head's moments in blocks of rows and uses every block for all it is good
 for before it goes back. For hla2, rows i of S give the entries i of ``k~ = gain scale S p + ridge p``, with which rows
-i of F are updated and then read by ``q_i``; nothing waits for the rest of S. With grouped heads the program serves
-every query head of its group, so that S and P are read and written once, and in place no other program can see them.
+i of F are updated and then read by ``q_i``; nothing waits for the rest of S. So a block goes through all tokens of the
+call while it is in registers. With grouped heads the program serves every query head of its group, so that S and P are
+read and written once, and in place no other program can see them.
 
-S is taken to be symmetric, as sums of ``k k^T`` are: its rows stand for its columns.
+S is taken to be symmetric, as sums of ``k k^T`` are: its rows stand for its columns. Packed (`hla.ops.state.pack_S`),
+only its tiles up to the diagonal are stored. Each of them is read once and multiplied by p from both sides, so an
+entry of k~ is complete only after the last row of tiles: k~ of all tokens comes first, then F.
 """
 
 from __future__ import annotations
@@ -26,10 +29,8 @@ from hla.ops.state import State, unpack, zeros
 FEW_PROGRAMS = 132  # one to a multiprocessor of an H100: with fewer, a token waits for latency, not for bandwidth
 RESIDENT = 128  # up to this K, hla_q holds S in registers
 # Strides of tokens depend on what they were cut from, a T among it: no value of theirs may compile anything anew.
-VARYING = [
-    *("q_b", "q_h", "k_b", "k_h", "v_b", "v_h", "p_b", "p_h", "g_b", "g_h", "nodes_b", "nodes_h", "nodes_n"),
-    *("gain_b", "gain_h", "ridge_b", "ridge_h", "value_gain_b", "value_gain_h", "value_ridge_b", "value_ridge_h"),
-]
+_STRIDED = ("q", "k", "v", "p", "g", "gain", "ridge", "value_gain", "value_ridge", "nodes")
+VARYING = [f"{name}_{of}" for name in _STRIDED for of in "bth"] + ["nodes_n"]
 
 
 @triton.jit
@@ -52,18 +53,26 @@ def _write(pointer, at, x, mask):
 
 
 @triton.jit
-def _at_head(pointer, b, h, stride_b, stride_h):
-    """Where row b, head h of a ``[B, H, ...]`` tensor begins."""
-    return pointer + b * stride_b + h * stride_h
+def _at(pointer, b, t, h, stride_b, stride_t, stride_h):
+    """Where row b, token t, head h of a ``[B, T, H, ...]`` tensor begins."""
+    return pointer + b * stride_b + t * stride_t + h * stride_h
 
 
 @triton.jit
-def _number(x, b, h, stride_b, stride_h, mask, per_token: tl.constexpr):
-    """A number, or the one of every head h of a ``[B, H]`` tensor."""
+def _number(x, b, t, h, stride_b, stride_t, stride_h, per_token: tl.constexpr):
+    """A number, or that of a token and head in a ``[B, T, H]`` tensor."""
     if per_token:
-        return tl.load(x + b * stride_b + h * stride_h, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(_at(x, b, t, h, stride_b, stride_t, stride_h)).to(tl.float32)
     else:
-        return tl.zeros(h.shape, tl.float32) + x
+        return x
+
+
+@triton.jit
+def _decay(g, b, t, h, stride_b, stride_t, stride_h):
+    if g is None:
+        return 1.0
+    else:
+        return tl.exp(tl.load(_at(g, b, t, h, stride_b, stride_t, stride_h)).to(tl.float32))
 
 
 @triton.jit
@@ -76,28 +85,48 @@ def _node(nodes, at, n, ORDER: tl.constexpr):
 
 
 @triton.jit
-def _pick(xs, heads, j):
-    """Row j of ``xs [heads, n]``, which lies in registers."""
-    return tl.sum(tl.where((heads == j)[:, None], xs, 0.0), 0)
+def _pick(xs, readers, reader):
+    """One row of ``xs [readers, n]``, which lies in registers."""
+    return tl.sum(tl.where((readers == reader)[:, None], xs, 0.0), 0)
+
+
+@triton.jit
+def _in_S(kv, rows, wide, K: tl.constexpr, PACKED: tl.constexpr):
+    """Where ``S[rows, wide]`` of a head lies, whether it exists, and whether it is stored there and not mirrored."""
+    r, c = rows[:, None], wide[None, :]
+    if PACKED:
+        TILES: tl.constexpr = (K + 15) // 16
+        stored = c // 16 <= r // 16
+        i, j = tl.where(stored, r, c), tl.where(stored, c, r)
+        tile = (i // 16) * (i // 16 + 1) // 2 + j // 16
+        at = kv * (TILES * (TILES + 1) // 2 * 256) + tile * 256 + (i % 16) * 16 + j % 16
+        exists = (r < TILES * 16) & (c < TILES * 16)
+        return at, exists, exists & stored
+    else:
+        exists = (r < K) & (c < K)
+        return (kv * K + r) * K + c, exists, exists
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _step_kernel(
     q, k, v, p, g, gain, ridge, value_gain, value_ridge, slots, o,
     S_old, P_old, F_old, m_old, n_old, S_new, P_new, F_new, m_new, n_new,
-    q_b, q_h, k_b, k_h, v_b, v_h, p_b, p_h, g_b, g_h,
-    gain_b, gain_h, ridge_b, ridge_h, value_gain_b, value_gain_h, value_ridge_b, value_ridge_h,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, p_b, p_t, p_h, g_b, g_t, g_h,
+    gain_b, gain_t, gain_h, ridge_b, ridge_t, ridge_h,
+    value_gain_b, value_gain_t, value_gain_h, value_ridge_b, value_ridge_t, value_ridge_h,
     S_old_b, P_old_b, F_old_b, m_old_b, n_old_b, S_new_b, P_new_b, F_new_b, m_new_b, n_new_b,
     scale, eps,
     GAIN: tl.constexpr, RIDGE: tl.constexpr, VALUE_GAIN: tl.constexpr, VALUE_RIDGE: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, NORMALIZE: tl.constexpr,
-    HKV: tl.constexpr, GP: tl.constexpr, GQ: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BI: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, HEADS: tl.constexpr, SPLITS: tl.constexpr,
+    GP: tl.constexpr, GQ: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr,
+    PACKED: tl.constexpr, T: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BI: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, READERS: tl.constexpr,
 ):  # fmt: skip
     """All operators with one or both of the switches KEYS and VALUES, or none.
 
     ``S [HKV, K, K]`` makes the keys (KEYS), ``P [HKV, K, V]`` the values (VALUES), the output reads ``F``, which has
     GP heads to one of k and v, each read by GQ of q. m and n are P and F for v = 1. HEADS: GP * GQ rounded up.
+    What waits for other rows is kept by reader ``t * HEADS + head``, of which there are READERS, T rounded up.
     """
     program = tl.program_id(0)
     split = program % SPLITS
@@ -109,113 +138,146 @@ def _step_kernel(
     in_v = cols < V
     wide = tl.arange(0, BK)  # columns of S
     in_k = wide < K
-    heads = tl.arange(0, HEADS)
-    of_p = kv * GP + heads  # heads of p, of which the first GP are meant
-    is_p = heads < GP
-    decay = 1.0 if g is None else tl.exp(tl.load(_at_head(g, b, kv, g_b, g_h)).to(tl.float32))
-
-    k_at = _at_head(k, b, kv, k_b, k_h)
-    x = _vector(_at_head(v, b, kv, v_b, v_h), cols, in_v)
+    readers = tl.arange(0, READERS)
 
     if VALUES:
-        values = tl.zeros((HEADS, BV), tl.float32)
-        ones = tl.zeros((HEADS,), tl.float32)
+        values = tl.zeros((READERS, BV), tl.float32)
+        ones = tl.zeros((READERS,), tl.float32)
         for first in range(0, K, BI):
             rows = first + tl.arange(0, BI)
             in_rows = rows < K
             at = (kv * K + rows)[:, None] * V + cols[None, :]
             inside = in_rows[:, None] & in_v[None, :]
             P = _old(P_old if P_old is None else P_old + slot * P_old_b, at, inside)
-            k_rows = _vector(k_at, rows, in_rows)
-            P = decay * P + k_rows[:, None] * x[None, :]
             if NORMALIZE:
                 m = _old(m_old if m_old is None else m_old + slot * m_old_b, kv * K + rows, in_rows)
-                m = decay * m + k_rows
+            for t in range(T):
+                decay = _decay(g, b, t, kv, g_b, g_t, g_h)
+                k_rows = _vector(_at(k, b, t, kv, k_b, k_t, k_h), rows, in_rows)
+                x = _vector(_at(v, b, t, kv, v_b, v_t, v_h), cols, in_v)
+                P = decay * P + k_rows[:, None] * x[None, :]
+                if NORMALIZE:
+                    m = decay * m + k_rows
+                for j in range(GP):
+                    p_rows = _vector(_at(p, b, t, kv * GP + j, p_b, p_t, p_h), rows, in_rows)
+                    read = tl.sum(p_rows[:, None] * P, 0)
+                    values += tl.where((readers == t * HEADS + j)[:, None], read[None, :], 0.0)
+                    if NORMALIZE:
+                        ones += tl.where(readers == t * HEADS + j, tl.sum(p_rows * m, 0), 0.0)
             # Threads that hold the same element must all have read it before one of them writes it.
             tl.debug_barrier()
             _write(P_new + slot * P_new_b, at, P, inside)
             if NORMALIZE:
                 _write(m_new + slot * m_new_b, kv * K + rows, m, in_rows)
-            for j in range(GP):
-                p_rows = _vector(_at_head(p, b, kv * GP + j, p_b, p_h), rows, in_rows)
-                read = tl.sum(p_rows[:, None] * P, 0)
-                values += tl.where((heads == j)[:, None], read[None, :], 0.0)
-                if NORMALIZE:
-                    ones += tl.where(heads == j, tl.sum(p_rows * m, 0), 0.0)
-        a = scale * _number(value_gain, b, of_p, value_gain_b, value_gain_h, is_p, VALUE_GAIN)
-        c = _number(value_ridge, b, of_p, value_ridge_b, value_ridge_h, is_p, VALUE_RIDGE)
-        values = a[:, None] * values + c[:, None] * x[None, :]
-        ones = a * ones + c
 
-    if KEYS:
-        k_wide = _vector(k_at, wide, in_k)
-        gains = scale * _number(gain, b, of_p, gain_b, gain_h, is_p, GAIN)
-        ridges = _number(ridge, b, of_p, ridge_b, ridge_h, is_p, RIDGE)
+    if PACKED:
+        keys = tl.zeros((READERS, BK), tl.float32)
+        for first in range(0, (K + 15) // 16 * 16, BI):
+            rows = first + tl.arange(0, BI)
+            S_at, _, S_stored = _in_S(kv, rows, wide, K, True)
+            mirrored = wide[None, :] // 16 < rows[:, None] // 16  # tiles left of the diagonal stand for two
+            S = _old(S_old if S_old is None else S_old + slot * S_old_b, S_at, S_stored)
+            for t in range(T):
+                decay = _decay(g, b, t, kv, g_b, g_t, g_h)
+                k_at = _at(k, b, t, kv, k_b, k_t, k_h)
+                k_rows, k_wide = _vector(k_at, rows, rows < K), _vector(k_at, wide, in_k)
+                S = tl.where(S_stored, decay * decay * S + k_rows[:, None] * k_wide[None, :], 0.0)
+                for j in range(GP):
+                    p_at = _at(p, b, t, kv * GP + j, p_b, p_t, p_h)
+                    S_p = tl.sum(S * _vector(p_at, wide, in_k)[None, :], 1)
+                    both = tl.where(mirrored, S * _vector(p_at, rows, rows < K)[:, None], 0.0)
+                    both += tl.where(rows[:, None] == wide[None, :], S_p[:, None], 0.0)
+                    keys += tl.where((readers == t * HEADS + j)[:, None], tl.sum(both, 0)[None, :], 0.0)
+            tl.debug_barrier()
+            _write(S_new + slot * S_new_b, S_at, S, S_stored)
 
-    out = tl.zeros((HEADS, BV), tl.float32)
-    sums = tl.zeros((HEADS,), tl.float32)
+    out = tl.zeros((READERS, BV), tl.float32)
+    sums = tl.zeros((READERS,), tl.float32)
     for first in range(0, K, BI):
         rows = first + tl.arange(0, BI)
         in_rows = rows < K
         inside = in_rows[:, None] & in_v[None, :]
-        k_rows = _vector(k_at, rows, in_rows)
-        if KEYS:
-            S_at = (kv * K + rows)[:, None] * K + wide[None, :]
-            S_inside = in_rows[:, None] & in_k[None, :]
+        if KEYS and not PACKED:
+            S_at, S_inside, _ = _in_S(kv, rows, wide, K, False)
             S = _old(S_old if S_old is None else S_old + slot * S_old_b, S_at, S_inside)
-            S = decay * decay * S + k_rows[:, None] * k_wide[None, :]
+            if T > 1:
+                before = S  # every head of p goes through the tokens
+            else:
+                decay = _decay(g, b, 0, kv, g_b, g_t, g_h)
+                k_at = _at(k, b, 0, kv, k_b, k_t, k_h)
+                k_rows, k_wide = _vector(k_at, rows, in_rows), _vector(k_at, wide, in_k)
+                S = decay * decay * S + k_rows[:, None] * k_wide[None, :]
         for j in range(GP):
             head = kv * GP + j
             at = (head * K + rows)[:, None] * V + cols[None, :]
             F = _old(F_old if F_old is None else F_old + slot * F_old_b, at, inside)
             if NORMALIZE:
                 n = _old(n_old if n_old is None else n_old + slot * n_old_b, head * K + rows, in_rows)
-            if KEYS:
-                p_at = _at_head(p, b, head, p_b, p_h)
-                key = tl.sum(S * _vector(p_at, wide, in_k)[None, :], 1)
-                key *= tl.sum(tl.where(heads == j, gains, 0.0), 0)
-                key += tl.sum(tl.where(heads == j, ridges, 0.0), 0) * _vector(p_at, rows, in_rows)
-            else:
-                key = k_rows
-            if VALUES:
-                F = decay * F + key[:, None] * _pick(values, heads, j)[None, :]
-            else:
+            if KEYS and not PACKED and T > 1:
+                S = before
+            for t in range(T):
+                decay = _decay(g, b, t, kv, g_b, g_t, g_h)
+                k_at = _at(k, b, t, kv, k_b, k_t, k_h)
+                key = _vector(k_at, rows, in_rows)
+                x = _vector(_at(v, b, t, kv, v_b, v_t, v_h), cols, in_v)
+                one = 1.0
+                if KEYS:
+                    p_at = _at(p, b, t, head, p_b, p_t, p_h)
+                    if PACKED:
+                        whole = _pick(keys, readers, t * HEADS + j)
+                        S_p = tl.sum(tl.where(rows[:, None] == wide[None, :], whole[None, :], 0.0), 1)
+                    else:
+                        if T > 1:
+                            S = decay * decay * S + key[:, None] * _vector(k_at, wide, in_k)[None, :]
+                        S_p = tl.sum(S * _vector(p_at, wide, in_k)[None, :], 1)
+                    key = S_p * (scale * _number(gain, b, t, head, gain_b, gain_t, gain_h, GAIN))
+                    key += _number(ridge, b, t, head, ridge_b, ridge_t, ridge_h, RIDGE) * _vector(p_at, rows, in_rows)
+                if VALUES:
+                    a = scale * _number(value_gain, b, t, head, value_gain_b, value_gain_t, value_gain_h, VALUE_GAIN)
+                    c = _number(value_ridge, b, t, head, value_ridge_b, value_ridge_t, value_ridge_h, VALUE_RIDGE)
+                    x = a * _pick(values, readers, t * HEADS + j) + c * x
+                    if NORMALIZE:
+                        one = a * tl.sum(tl.where(readers == t * HEADS + j, ones, 0.0), 0) + c
                 F = decay * F + key[:, None] * x[None, :]
-            if NORMALIZE:
-                n = decay * n + (key * tl.sum(tl.where(heads == j, ones, 0.0), 0) if VALUES else key)
+                if NORMALIZE:
+                    n = decay * n + key * one
+                for i in range(GQ):
+                    q_rows = _vector(_at(q, b, t, head * GQ + i, q_b, q_t, q_h), rows, in_rows)
+                    reader = t * HEADS + j * GQ + i
+                    read = tl.sum(q_rows[:, None] * F, 0)
+                    out += tl.where((readers == reader)[:, None], read[None, :], 0.0)
+                    if NORMALIZE:
+                        sums += tl.where(readers == reader, tl.sum(q_rows * n, 0), 0.0)
             tl.debug_barrier()
             _write(F_new + slot * F_new_b, at, F, inside)
             if NORMALIZE:
                 _write(n_new + slot * n_new_b, head * K + rows, n, in_rows)
-            for i in range(GQ):
-                q_rows = _vector(_at_head(q, b, head * GQ + i, q_b, q_h), rows, in_rows)
-                read = tl.sum(q_rows[:, None] * F, 0)
-                out += tl.where((heads == j * GQ + i)[:, None], read[None, :], 0.0)
-                if NORMALIZE:
-                    sums += tl.where(heads == j * GQ + i, tl.sum(q_rows * n, 0), 0.0)
-        if KEYS:  # last, so that the loads of F did not have to wait for these stores
+        if KEYS and not PACKED:  # last, so that the loads of F did not have to wait for these stores
             _write(S_new + slot * S_new_b, S_at, S, S_inside)
 
     out *= scale
     if NORMALIZE:
         out = out / (scale * sums + eps)[:, None]
-    o_at = ((b * HKV + kv) * (GP * GQ) + heads)[:, None] * V + cols[None, :]
-    _write(o, o_at, out, (heads < GP * GQ)[:, None] & in_v[None, :])
+    head, token = readers % HEADS, readers // HEADS
+    o_at = (((b * T + token) * HKV + kv) * (GP * GQ) + head)[:, None] * V + cols[None, :]
+    _write(o, o_at, out, ((head < GP * GQ) & (token < T))[:, None] & in_v[None, :])
 
 
 @triton.jit(do_not_specialize=VARYING)
 def _query_side_kernel(
     q, k, v, g, ridge, nodes, slots, o, S_old, P_old, S_new, P_new,
-    q_b, q_h, k_b, k_h, v_b, v_h, g_b, g_h, ridge_b, ridge_h, nodes_b, nodes_h, nodes_n,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, g_b, g_t, g_h, ridge_b, ridge_t, ridge_h,
+    nodes_b, nodes_t, nodes_h, nodes_n,
     S_old_b, P_old_b, S_new_b, P_new_b,
     scale,
-    RIDGE: tl.constexpr, ORDER: tl.constexpr,
-    HKV: tl.constexpr, GQ: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BI: tl.constexpr, BK: tl.constexpr, BC: tl.constexpr, HEADS: tl.constexpr,
+    RIDGE: tl.constexpr, ORDER: tl.constexpr, GQ: tl.constexpr, BC: tl.constexpr,
+    PACKED: tl.constexpr, T: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+    BI: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, READERS: tl.constexpr,
 ):  # fmt: skip
     """hla_q: S is updated, every query of the group iterates on it, then P is updated and read in blocks of columns.
 
-    With BI = BK, S stays in registers. A larger one is read again from memory, in blocks of BI rows, by each iteration.
+    With BI = BK, S stays in registers for all tokens. A larger one goes through memory, in blocks of BI rows: written
+    by every token, and read again by each iteration.
     """
     program = tl.program_id(0)
     kv = program % HKV
@@ -224,62 +286,80 @@ def _query_side_kernel(
 
     wide = tl.arange(0, BK)
     in_k = wide < K
-    heads = tl.arange(0, HEADS)
-    decay = 1.0 if g is None else tl.exp(tl.load(_at_head(g, b, kv, g_b, g_h)).to(tl.float32))
-    k_at = _at_head(k, b, kv, k_b, k_h)
-    k_wide = _vector(k_at, wide, in_k)
+    readers = tl.arange(0, READERS)  # t * HEADS + head
+    if BI == BK:
+        at, inside, stored = _in_S(kv, wide, wide, K, PACKED)
+        S = _old(S_old if S_old is None else S_old + slot * S_old_b, at, stored)
+        if PACKED:
+            S += tl.trans(tl.where(wide[None, :] // 16 < wide[:, None] // 16, S, 0.0))
 
-    trace = 0.0
-    S = tl.zeros((BI, BK), tl.float32)
-    for first in range(0, BK, BI):
-        rows = first + tl.arange(0, BI)
-        at = (kv * K + rows)[:, None] * K + wide[None, :]
-        inside = (rows < K)[:, None] & in_k[None, :]
-        S = _old(S_old if S_old is None else S_old + slot * S_old_b, at, inside)
-        S = decay * S + _vector(k_at, rows, rows < K)[:, None] * k_wide[None, :]
-        trace += tl.sum(tl.where(rows[:, None] == wide[None, :], S, 0.0))
-        # Threads that hold the same element must all have read it before one of them writes it.
+    xs = tl.zeros((READERS, BK), tl.float32)
+    for t in range(T):
+        decay = _decay(g, b, t, kv, g_b, g_t, g_h)
+        k_at = _at(k, b, t, kv, k_b, k_t, k_h)
+        k_wide = _vector(k_at, wide, in_k)
+        if BI == BK:
+            S = decay * S + k_wide[:, None] * k_wide[None, :]
+            trace = tl.sum(tl.where(wide[:, None] == wide[None, :], S, 0.0))
+        else:
+            trace = 0.0
+            for first in range(0, BK, BI):
+                rows = first + tl.arange(0, BI)
+                at, inside, stored = _in_S(kv, rows, wide, K, PACKED)
+                if t == 0:
+                    S = _old(S_old if S_old is None else S_old + slot * S_old_b, at, inside)
+                else:
+                    S = _old(S_new + slot * S_new_b, at, inside)
+                S = decay * S + _vector(k_at, rows, rows < K)[:, None] * k_wide[None, :]
+                trace += tl.sum(tl.where(rows[:, None] == wide[None, :], S, 0.0))
+                # Threads that hold the same element must all have read it before one of them writes it.
+                tl.debug_barrier()
+                _write(S_new + slot * S_new_b, at, S, stored)
+            tl.debug_barrier()  # the iterations read what other threads have written
+
+        for j in range(GQ):
+            head = kv * GQ + j
+            query = _vector(_at(q, b, t, head, q_b, q_t, q_h), wide, in_k)
+            least = _number(ridge, b, t, head, ridge_b, ridge_t, ridge_h, RIDGE)
+            node_at = b * nodes_b + t * nodes_t + head * nodes_h
+            xj = query / (least + _node(nodes, node_at, 0, ORDER) * trace)
+            for n in range(1, ORDER + 1):
+                theta = least + _node(nodes, node_at + n * nodes_n, n, ORDER) * trace
+                if BI == BK:
+                    read = tl.sum(S * xj[:, None], 0)
+                else:
+                    read = tl.zeros((BK,), tl.float32)
+                    for first in range(0, BK, BI):
+                        rows = first + tl.arange(0, BI)
+                        at, inside, _ = _in_S(kv, rows, wide, K, PACKED)
+                        part = tl.sum(_old(S_new + slot * S_new_b, at, inside) * xj[None, :], 1)
+                        part = tl.reshape(tl.broadcast_to(part[None, :], (BK // BI, BI)), (BK,))
+                        read = tl.where(wide // BI == first // BI, part, read)
+                xj += (query - read - least * xj) / theta
+            xs += tl.where((readers == t * HEADS + j)[:, None], xj[None, :], 0.0)
+        if BI < BK:
+            tl.debug_barrier()  # the next token writes what other threads still read
+
+    if BI == BK:
         tl.debug_barrier()
-        _write(S_new + slot * S_new_b, at, S, inside)
-    if BI < BK:
-        tl.debug_barrier()  # the iterations read what other threads have written
-
-    xs = tl.zeros((HEADS, BK), tl.float32)
-    for j in range(GQ):
-        head = kv * GQ + j
-        query = _vector(_at_head(q, b, head, q_b, q_h), wide, in_k)
-        least = tl.load(_at_head(ridge, b, head, ridge_b, ridge_h)).to(tl.float32) if RIDGE else ridge
-        node_at = b * nodes_b + head * nodes_h
-        xj = query / (least + _node(nodes, node_at, 0, ORDER) * trace)
-        for n in range(1, ORDER + 1):
-            theta = least + _node(nodes, node_at + n * nodes_n, n, ORDER) * trace
-            if BI == BK:
-                read = tl.sum(S * xj[:, None], 0)
-            else:
-                read = tl.zeros((BK,), tl.float32)
-                for first in range(0, BK, BI):
-                    rows = first + tl.arange(0, BI)
-                    at = (kv * K + rows)[:, None] * K + wide[None, :]
-                    inside = (rows < K)[:, None] & in_k[None, :]
-                    part = tl.sum(_old(S_new + slot * S_new_b, at, inside) * xj[None, :], 1)
-                    part = tl.reshape(tl.broadcast_to(part[None, :], (BK // BI, BI)), (BK,))
-                    read = tl.where(wide // BI == first // BI, part, read)
-            xj += (query - read - least * xj) / theta
-        xs += tl.where((heads == j)[:, None], xj[None, :], 0.0)
+        _write(S_new + slot * S_new_b, at, S, stored)
 
     for first in range(0, V, BC):
         cols = first + tl.arange(0, BC)
         in_v = cols < V
-        at = (kv * K + wide)[:, None] * V + cols[None, :]
-        inside = in_k[:, None] & in_v[None, :]
-        P = _old(P_old if P_old is None else P_old + slot * P_old_b, at, inside)
-        x = _vector(_at_head(v, b, kv, v_b, v_h), cols, in_v)
-        P = decay * P + k_wide[:, None] * x[None, :]
+        P_at = (kv * K + wide)[:, None] * V + cols[None, :]
+        P_inside = in_k[:, None] & in_v[None, :]
+        P = _old(P_old if P_old is None else P_old + slot * P_old_b, P_at, P_inside)
+        for t in range(T):
+            decay = _decay(g, b, t, kv, g_b, g_t, g_h)
+            k_wide = _vector(_at(k, b, t, kv, k_b, k_t, k_h), wide, in_k)
+            x = _vector(_at(v, b, t, kv, v_b, v_t, v_h), cols, in_v)
+            P = decay * P + k_wide[:, None] * x[None, :]
+            for j in range(GQ):
+                read = scale * tl.sum(_pick(xs, readers, t * HEADS + j)[:, None] * P, 0)
+                _write(o, (((b * T + t) * HKV + kv) * GQ + j) * V + cols, read, in_v)
         tl.debug_barrier()
-        _write(P_new + slot * P_new_b, at, P, inside)
-        for j in range(GQ):
-            read = scale * tl.sum(_pick(xs, heads, j)[:, None] * P, 0)
-            _write(o, ((b * HKV + kv) * GQ + j) * V + cols, read, in_v)
+        _write(P_new + slot * P_new_b, P_at, P, P_inside)
 
 
 def supports(call: Call, *states: State | None) -> bool:
@@ -303,7 +383,7 @@ def supports(call: Call, *states: State | None) -> bool:
 def fused_step(
     call: Call, state: State | None, out_state: State | None = None, state_indices: Tensor | None = None
 ) -> tuple[Tensor, State]:
-    """`hla.step` of a checked call that `supports` accepts: ``(o [B, HQ, V], new state)``, in one launch.
+    """`hla.step` of a checked call that `supports` accepts: ``(o, new state)``, in one launch.
 
     Args:
         state, out_state, state_indices: as in `hla.step`. A new state is made where no ``out_state`` is given.
@@ -326,22 +406,23 @@ def fused_step(
     ]  # fmt: skip
     slots = None if state_indices is None else state_indices.contiguous()
     launch: Callable = torch.ops.hla.step if torch.compiler.is_compiling() else _launch
+    inputs = (*map(_last_contiguous, (c.q, c.k, c.v, c.p)), c.g, gain, ridge, value_gain, value_ridge, c.nodes)
+    several = c.q.dim() == 4
     o = launch(
-        *(_last_contiguous(x) for x in (c.q, c.k, c.v, c.p)), c.g,
-        *(x if isinstance(x, Tensor) else None for x in (gain, ridge, value_gain, value_ridge)),
-        c.nodes, slots, numbers, c.order if c.op == "hla_q" else 0, in_place, *old, *new,
+        *((x if several else x.unsqueeze(1)) if isinstance(x, Tensor) else None for x in inputs),
+        slots, numbers, c.order if c.op == "hla_q" else 0, in_place, *old, *new,
     )  # fmt: skip
-    return o, out_state
+    return o if several else o.squeeze(1), out_state
 
 
 def _launch(
     q, k, v, p, g, gain, ridge, value_gain, value_ridge, nodes, slots, numbers, order, in_place,
     S_old, P_old, F_old, m_old, n_old, S, P, F, m, n,
 ) -> Tensor:  # fmt: skip
-    """One launch. The last five are written; order is that of hla_q, or 0."""
-    batch, hq, K = q.shape
-    hkv, V = v.shape[1:]
-    o = v.new_empty(batch, hq, V)
+    """One launch for inputs ``[B, T, H, ...]``. The last five are written; order is that of hla_q, or 0."""
+    batch, T, hq, K = q.shape
+    hkv, V = v.shape[2:]
+    o = v.new_empty(batch, T, hq, V)
     if batch == 0:
         return o
     new = (S, P, F, m, n)
@@ -352,25 +433,27 @@ def _launch(
     )
     few = batch * hkv < FEW_PROGRAMS
     BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
-    sizes = dict(HKV=hkv, K=K, V=V, BK=BK, HEADS=triton.next_power_of_2(hq // hkv))
+    heads = triton.next_power_of_2(hq // hkv)
+    readers = triton.next_power_of_2(T) * heads
+    sizes = dict(T=T, HKV=hkv, K=K, V=V, BK=BK, HEADS=heads, READERS=readers, PACKED=S is not None and S.dim() == 5)
     if order:
         BI = BK if BK <= RESIDENT else 32
         with torch.cuda.device_of(q):
             _query_side_kernel[batch * hkv,](
                 q, k, v, g, ridge, nodes, slots, o, old[0], old[1], S, P,
-                *_strides(q, k, v, g, ridge), *(nodes.stride() if _is(nodes) else (0, 0, 0)),
+                *_strides(q, k, v, g, ridge), *(nodes.stride() if _is(nodes) else (0,) * 4),
                 *(_row_stride(x) for x in (old[0], old[1], S, P)), numbers[4],
                 RIDGE=_is(ridge), ORDER=order, GQ=hq // hkv, BI=BI, BC=min(BV, 8192 // BK), **sizes,
-                num_warps=max(1, min(8, BI * BK // 1024)),
+                num_warps=max(1, min(16 if sizes["PACKED"] else 8, BI * BK // 1024)),
             )  # fmt: skip
         return o
-    heads = F.shape[1]
+    hp = F.shape[1]
     splits = 1
     if few and S is None and n is None and BV > 32:
         BV, splits = 32, triton.cdiv(V, 32)  # columns of values are independent; S and the sums m, n are needed by all
     # Many programs hide each other's latency with small blocks; a few ask for as much at once as their registers hold.
     width = BV if S is None else max(BK, BV)
-    tile = 4096 if not few else 16384 if heads == hkv and width <= 128 else 8192
+    tile = 4096 if not few else 16384 if hp == hkv and width <= 128 else 8192
     BI = min(BK, max(4, tile // width))
     with torch.cuda.device_of(q):
         _step_kernel[batch * hkv * splits,](
@@ -379,8 +462,8 @@ def _launch(
             numbers[4], numbers[5],
             GAIN=_is(gain), RIDGE=_is(ridge), VALUE_GAIN=_is(value_gain), VALUE_RIDGE=_is(value_ridge),
             KEYS=S is not None, VALUES=P is not None, NORMALIZE=n is not None,
-            GP=heads // hkv, GQ=hq // heads, BI=BI, BV=BV, SPLITS=splits, **sizes,
-            num_warps=max(1, min(16, BI * width // 1024)),
+            GP=hp // hkv, GQ=hq // hp, BI=BI, BV=BV, SPLITS=splits, **sizes,
+            num_warps=max(1, min(16, max(BI, readers) * width // 1024)),
         )  # fmt: skip
     return o
 
@@ -401,7 +484,7 @@ _step_op = torch.library.custom_op(
 
 @_step_op.register_fake
 def _(q, k, v, *rest):
-    return v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    return v.new_empty(*q.shape[:3], v.shape[3])
 
 
 def _moments(call: Call, state: State) -> tuple[Tensor | None, ...]:
@@ -417,8 +500,8 @@ def _moments(call: Call, state: State) -> tuple[Tensor | None, ...]:
 def _fresh(call: Call, batch: int) -> State:
     """Memory for the state of a call."""
     shapes = zeros(
-        call.op, batch, call.q.shape[1], call.k.shape[1], call.q.shape[2], call.v.shape[2], order=call.order,
-        p_heads=call.p.shape[1], normalize=call.normalize, device="meta",
+        call.op, batch, call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1], order=call.order,
+        p_heads=call.p.shape[-2], normalize=call.normalize, device="meta",
     )  # fmt: skip
     return _copy(shapes, lambda x: call.q.new_empty(x.shape, dtype=torch.float32))
 
@@ -451,8 +534,8 @@ def _rows_are_contiguous(x: Tensor) -> bool:
 
 
 def _strides(*tensors) -> list[int]:
-    """Strides of batch and head."""
-    return [stride for x in tensors for stride in (x.stride()[:2] if _is(x) else (0, 0))]
+    """Strides of batch, token and head."""
+    return [stride for x in tensors for stride in (x.stride()[:3] if _is(x) else (0, 0, 0))]
 
 
 def _row_stride(x: Tensor | None) -> int:

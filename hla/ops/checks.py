@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from hla.ops.family import OPS
-from hla.ops.state import State, state_class, zeros
+from hla.ops.state import State, is_packed, packed_shape, state_class, zeros
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
+MAX_STEP_TOKENS = 8  # of one call of hla.step
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 HLA_Q_ORDER = 4  # the default number of readings of S
 
@@ -74,11 +75,11 @@ def check_call(
     initial_state: State | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
-    one_token: bool = False,
+    step: bool = False,
     slots: int | None = None,
     state_name: str = "initial_state",
 ) -> Call:
-    """Checks the arguments of an operator (``one_token``: of `hla.step`, whose tensors have no time dimension)."""
+    """Checks the arguments of an operator (``step``: of `hla.step`, whose tensors need no time dimension)."""
     if op not in OPS:
         raise ValueError(f"op must be one of {', '.join(OPS)}; got {op!r}")
     order = _check_order(op, order)
@@ -86,11 +87,13 @@ def check_call(
         ridge = 1.0 if op == "hla_q" else 0.0
     values = dict(value_ridge=value_ridge, value_gain=value_gain)
     _refuse_unread(op, p, dict(ridge=ridge, gain=gain), values, nodes, normalize)
+    one_token = step and isinstance(q, Tensor) and q.dim() != 4
     lead = ("B",) if one_token else ("B", "T")
     for name, x in (("q", q), ("k", k), ("v", v)):
         _tensor(name, x)
         if x.dim() != len(lead) + 2:
-            raise ValueError(f"{name} must have shape [{', '.join(lead)}, heads, dim]; got {_shape(x)}")
+            several = " or, for several tokens, [B, T, heads, dim]" if one_token and x is q else ""
+            raise ValueError(f"{name} must have shape [{', '.join(lead)}, heads, dim]{several}; got {_shape(x)}")
         if x.dtype not in FLOATS:
             raise TypeError(f"{name} must be float64, float32, bfloat16 or float16; got {x.dtype}")
         _same("dtype", name, x.dtype, "q", q.dtype, TypeError)
@@ -99,6 +102,11 @@ def check_call(
             raise ValueError(f"{name} must have the {' and '.join(lead)} of q, {_shape(q)}; got {_shape(x)}")
         if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(f"{name} must have 1 to {MAX_HEAD_DIM} numbers per head; got {_shape(x)}")
+    if step and not one_token and not 1 <= q.shape[1] <= MAX_STEP_TOKENS:
+        raise ValueError(
+            f"hla.step takes 1 to {MAX_STEP_TOKENS} tokens in one call; got T = {q.shape[1]} (for more there is "
+            f"hla.{op} with initial_state and output_final_state=True)"
+        )
     hq, hkv = q.shape[-2], k.shape[-2]
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k must have the head dimension of q, {q.shape[-1]}; got {_shape(k)}")
@@ -129,7 +137,7 @@ def check_call(
     if op == "hla_q":
         _check_positive("ridge", shaping["ridge"])
         assert order is not None
-        if nodes is not None or not one_token:  # (a step makes Chebyshev's itself)
+        if nodes is not None or not step:  # (a step makes Chebyshev's itself)
             nodes = _check_nodes(nodes, order, q)
     if scale is None:
         # What least squares reads has the size of v; a sum of products wants to be scaled.
@@ -151,15 +159,18 @@ def check_call(
         scale, normalize, eps, initial_state, output_final_state, cu_seqlens, nodes,
     )  # fmt: skip
     if initial_state is not None:
-        check_state(call, initial_state, sequences if slots is None else slots, state_name)
+        check_state(call, initial_state, sequences if slots is None else slots, state_name, may_be_packed=step)
     return call
 
 
-def check_state(call: Call, state: State, batch: int, name: str) -> None:
+def check_state(call: Call, state: State, batch: int, name: str, may_be_packed: bool = False) -> None:
     """Raises unless ``state`` is a state of this operator, these heads and this ``normalize``, with ``batch`` rows."""
     cls: Any = state_class(call.op, call.order)
     if not isinstance(state, cls):
         raise TypeError(f"{name} of {call.op} must be a {cls.__name__}; got {type(state).__name__}")
+    packed = is_packed(state)
+    if packed and not may_be_packed:
+        raise ValueError(f"{name}.S is packed, which only hla.step takes: use {name}.unpack()")
     expected = zeros(
         call.op, batch, call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1],
         order=call.order, p_heads=call.p.shape[-2], normalize=call.normalize, device="meta",
@@ -175,7 +186,10 @@ def check_state(call: Call, state: State, batch: int, name: str) -> None:
                 raise ValueError(f"{name} was made {made} normalize=True, this call has normalize={call.normalize}")
             raise ValueError(f"{where} must {'not ' if want is None else ''}be given for order {call.order}")
         _tensor(where, x)
-        _expect_shape(where, x, tuple(want.shape), "of this operator and these heads")
+        shape = tuple(want.shape)
+        if packed and field == "S":
+            shape = (*shape[:2], *packed_shape(shape[-1]))
+        _expect_shape(where, x, shape, "of this operator and these heads")
         if x.dtype != want.dtype and (x.dtype, want.dtype) != (torch.bfloat16, torch.float32):
             raise TypeError(f"{where} must be {want.dtype}; got {x.dtype}")
         _same("device", where, x.device, "q", call.q.device, ValueError)

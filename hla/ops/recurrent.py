@@ -1,7 +1,8 @@
-"""The operators one token at a time: the form that decodes, and the plainest statement of what the states mean."""
+"""The operators token by token: the form that decodes, and the plainest statement of what the states mean."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from hla.ops.checks import HAS_TRITON, Call, chebyshev_nodes, check_call, check_state, check_state_indices
 from hla.ops.family import readings, transforms_keys
 from hla.ops.linear_attn import compute_dtype, no_autocast
-from hla.ops.state import State, pack, unpack, zeros
+from hla.ops.state import State, is_packed, pack, unpack, zeros
 
 
 def step(
@@ -36,28 +37,34 @@ def step(
 ) -> tuple[Tensor, State]:
     """One token of an operator: update the state, then read it. Cost and memory do not depend on the position.
 
+    Or 1 to 8 tokens, one after the other: the tensors then have a dimension T behind B (``[B, T, ...]``), and the state
+    moves once per call instead of once per token.
+
     On a CUDA device one kernel does both (`hla.kernels.step`, where Triton is installed), except for orders with more
     than one inner reading, in float64, and where a gradient is asked for: those take the PyTorch form.
 
     Args:
         op: "linear_attn", "hla2", "ahla", "hla3", "hla_n" or "hla_q"; order: of hla_n, ahla (2) and hla_q (4).
-        q: ``[B, HQ, K]``. k: ``[B, HKV, K]``. v: ``[B, HKV, V]``. g: ``[B, HKV]``.
+        q: ``[B, HQ, K]``, or ``[B, T, HQ, K]`` with T from 1 to 8, as all that follow: k: ``[B, HKV, K]``.
+            v: ``[B, HKV, V]``. g: ``[B, HKV]``.
         p: "q", "k" or ``[B, HQ or HKV, K]``.
         gain, ridge, value_gain, value_ridge: float or ``[B, heads of p]``; a ridge of None is the operator's
             default, 0, or 1 for hla_q.
         nodes: of hla_q: ``[order + 1]``, ``[HQ, order + 1]`` or ``[B, HQ, order + 1]``.
         state: what an earlier call returned (B rows), or None for the empty state; float32 (float64 for float64
-            inputs), or bfloat16 on request: half the memory, and rounded after every token.
-        out_state: where the new state is written; it may be ``state`` itself (in place), and is returned.
+            inputs), or bfloat16 on request: half the memory, and rounded after every call (hla_q with K above 128
+            on a CUDA device: after every token). ``state.pack()`` halves the S of hla2, hla3, hla_n and hla_q.
+        out_state: where the new state is written; it may be ``state`` itself (in place), and is returned. Packed if
+            ``state`` is; with ``state=None`` as it likes.
         state_indices: int ``[B]``: row b of the batch uses row ``state_indices[b]`` of ``state`` and ``out_state``,
             which may have any number of rows (the slots of an engine). Without ``out_state``, a copy of ``state`` with
             those rows replaced is returned. No slot may be named twice.
 
     Returns:
-        o ``[B, HQ, V]`` in the dtype of v, and the new state.
+        o ``[B, HQ, V]`` or ``[B, T, HQ, V]`` in the dtype of v, and the state after the last token.
 
     Raises:
-        ValueError, TypeError: with the name of the argument that does not fit.
+        ValueError, TypeError: with the name of the argument that does not fit; for T outside 1 to 8.
     """
     slots = None
     if state_indices is not None:
@@ -67,12 +74,14 @@ def step(
         slots = next((x.shape[0] for x in held if isinstance(x, Tensor)), 0) if isinstance(held, tuple) else 0
     call = check_call(
         op, q, k, v, order=order, g=g, p=p, ridge=ridge, gain=gain, scale=scale, normalize=normalize, eps=eps,
-        value_ridge=value_ridge, value_gain=value_gain, nodes=nodes, initial_state=state, one_token=True, slots=slots,
+        value_ridge=value_ridge, value_gain=value_gain, nodes=nodes, initial_state=state, step=True, slots=slots,
         state_name="state",
     )  # fmt: skip
     rows = q.shape[0] if slots is None else slots
     if out_state is not None and out_state is not state:
-        check_state(call, out_state, rows, "out_state")
+        check_state(call, out_state, rows, "out_state", may_be_packed=True)
+        if state is not None and is_packed(state) != is_packed(out_state):
+            raise ValueError("out_state.S must be packed where state.S is, and only there: see state.pack()")
     if state_indices is not None:
         check_state_indices(state_indices, q.shape[0], rows, q.device)
     if HAS_TRITON and q.device.type == "cuda":
@@ -80,15 +89,18 @@ def step(
 
         if supports(call, state, out_state):
             return fused_step(call, state, out_state, state_indices)
+    source = state
+    if source is None:
+        source = empty_state(call, rows)
+        source = source.pack() if is_packed(out_state) else source  # type: ignore[union-attr]
     if state_indices is None:
-        o, new = update(call, state if state is not None else empty_state(call, rows))
+        o, new = update_all(call, source)
         if out_state is not None:
             return o, _write(new, out_state, None)
         return o, new if state is None else _map(lambda x, old: x.to(old.dtype), new, state)
 
     index = state_indices.long()
-    source = state if state is not None else empty_state(call, rows)
-    o, new = update(call, _map(lambda x: x[index], source))
+    o, new = update_all(call, _map(lambda x: x[index], source))
     return o, _write(new, _map(Tensor.clone, source) if out_state is None else out_state, index)
 
 
@@ -98,6 +110,33 @@ def empty_state(call: Call, batch: int) -> State:
         call.op, batch, call.q.shape[-2], call.k.shape[-2], call.q.shape[-1], call.v.shape[-1], order=call.order,
         p_heads=call.p.shape[-2], normalize=call.normalize, dtype=compute_dtype(call.q, call.v), device=call.q.device,
     )  # fmt: skip
+
+
+def update_all(call: Call, state: Any) -> tuple[Tensor, State]:
+    """`update` by the one token of a step or by its T, with a state that may be packed."""
+    packed = is_packed(state)
+    if packed:
+        state = state.unpack()
+    if call.q.dim() == 3:
+        o, state = update(call, state)
+    else:
+        outputs = []
+        for token in _tokens(call, 0, call.q.shape[1]):
+            o, state = update(token, state)
+            outputs.append(o)
+        o = torch.stack(outputs, 1)
+    return o, state.pack() if packed else state
+
+
+def _tokens(call: Call, start: int, end: int) -> Iterator[Call]:
+    """Tokens ``start .. end - 1`` of a call, each as a call for `update`."""
+    c = call
+    for t in range(start, end):
+        at = lambda x, t=t: x[:, t] if isinstance(x, Tensor) else x  # noqa: E731
+        yield Call(
+            c.op, c.order, at(c.q), at(c.k), at(c.v), at(c.g), at(c.p), at(c.ridge), at(c.gain),
+            at(c.value_ridge), at(c.value_gain), c.scale, c.normalize, c.eps, None, True, None, at(c.nodes),
+        )  # fmt: skip
 
 
 def update(call: Call, state: State) -> tuple[Tensor, State]:
@@ -164,12 +203,7 @@ def loop(call: Call) -> tuple[Tensor, State | None]:
     outputs, finals = [], []
     for n, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
         state = initial if c.cu_seqlens is None else _map(lambda x, n=n: x[n : n + 1], initial)
-        for t in range(start, end):
-            at = lambda x, t=t: x[:, t] if isinstance(x, Tensor) else x  # noqa: E731
-            token = Call(
-                c.op, c.order, at(c.q), at(c.k), at(c.v), at(c.g), at(c.p), at(c.ridge), at(c.gain),
-                at(c.value_ridge), at(c.value_gain), c.scale, c.normalize, c.eps, None, True, None, at(c.nodes),
-            )  # fmt: skip
+        for token in _tokens(c, start, end):
             o, state = update(token, state)
             outputs.append(o)
         finals.append(state)

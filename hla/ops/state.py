@@ -3,14 +3,18 @@
 Shapes have a leading batch dimension B (or N, the number of packed sequences); HKV are the key/value heads, HP the
 heads of the inner query p (HQ if p is "q", HKV if p is "k"). Everything is float32 (float64 for float64 inputs).
 ``m`` and ``n`` are the same moments for ``v = 1`` and exist only with ``normalize=True``. States hold no scale.
+
+S is symmetric. ``state.pack()`` keeps only its lower triangle of 16 x 16 tiles (`pack_S`), ``[B, HKV, tiles, 16, 16]``
+in the same named tuple, which `hla.step` reads and updates as it is; everything else wants ``state.unpack()``.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from hla.ops.family import readings, transforms_keys
 
@@ -28,6 +32,14 @@ class HLA2State(NamedTuple):
     S: Tensor
     F: Tensor
     n: Tensor | None = None
+
+    def pack(self) -> HLA2State:
+        """With S packed; as it is if it was."""
+        return _pack_state(self)
+
+    def unpack(self) -> HLA2State:
+        """With S whole; as it is if it was."""
+        return _unpack_state(self)
 
 
 class AHLAState(NamedTuple):
@@ -57,6 +69,14 @@ class HLA3State(NamedTuple):
     m: Tensor | None = None
     n: Tensor | None = None
 
+    def pack(self) -> HLA3State:
+        """With S packed; as it is if it was."""
+        return _pack_state(self)
+
+    def unpack(self) -> HLA3State:
+        """With S whole; as it is if it was."""
+        return _unpack_state(self)
+
 
 class HLANState(NamedTuple):
     """``S`` (order > 1), ``P`` (odd order), ``F [B, order // 2, HP, K, V]``; ``m``, ``n [B, order // 2, HP, K]``."""
@@ -67,6 +87,14 @@ class HLANState(NamedTuple):
     m: Tensor | None = None
     n: Tensor | None = None
 
+    def pack(self) -> HLANState:
+        """With S packed; as it is if it was."""
+        return _pack_state(self)
+
+    def unpack(self) -> HLANState:
+        """With S whole; as it is if it was."""
+        return _unpack_state(self)
+
 
 class HLAQState(NamedTuple):
     """``S [B, HKV, K, K] = sum k k^T``, ``P [B, HKV, K, V] = sum k v^T``, both with gate g."""
@@ -74,8 +102,69 @@ class HLAQState(NamedTuple):
     S: Tensor
     P: Tensor
 
+    def pack(self) -> HLAQState:
+        """With S packed; as it is if it was."""
+        return _pack_state(self)
+
+    def unpack(self) -> HLAQState:
+        """With S whole; as it is if it was."""
+        return _unpack_state(self)
+
 
 State = HLAQState | LinearAttnState | HLA2State | AHLAState | AHLANState | HLA3State | HLANState
+
+
+TILE = 16
+_Held = TypeVar("_Held", HLA2State, HLA3State, HLANState, HLAQState)
+
+
+def pack_S(S: Tensor) -> Tensor:
+    """The tiles ``[..., n (n + 1) / 2, 16, 16]`` of a symmetric ``S [..., K, K]``, with ``n = ceil(K / 16)``.
+
+    Tile (i, j <= i) is number ``i (i + 1) / 2 + j`` and holds ``S[16 i : 16 i + 16, 16 j : 16 j + 16]``; beyond K there
+    are zeros. For K = 128, 9216 numbers instead of 16384.
+    """
+    count = -(-S.shape[-1] // TILE)
+    missing = count * TILE - S.shape[-1]
+    whole = functional.pad(S, (0, missing, 0, missing))
+    tiles = whole.unflatten(-2, (count, TILE)).unflatten(-1, (count, TILE)).transpose(-3, -2)
+    i, j = torch.tril_indices(count, count, device=S.device)
+    return tiles[..., i, j, :, :]
+
+
+def packed_shape(K: int) -> tuple[int, int, int]:
+    """Of one packed S."""
+    count = -(-K // TILE)
+    return count * (count + 1) // 2, TILE, TILE
+
+
+def unpack_S(tiles: Tensor, K: int) -> Tensor:
+    """The inverse of `pack_S`."""
+    count = -(-K // TILE)
+    i, j = torch.tril_indices(count, count, device=tiles.device)
+    whole = tiles.new_empty(*tiles.shape[:-3], count, count, TILE, TILE)
+    whole[..., j, i, :, :] = tiles.mT
+    whole[..., i, j, :, :] = tiles
+    return whole.transpose(-3, -2).flatten(-4, -3).flatten(-2)[..., :K, :K].contiguous()
+
+
+def is_packed(state: object) -> bool:
+    """Whether the S of a state is packed."""
+    S = getattr(state, "S", None)
+    return isinstance(S, Tensor) and S.dim() == 5
+
+
+def _pack_state(state: _Held) -> _Held:
+    S = state.S
+    return state if S is None or is_packed(state) else state._replace(S=pack_S(S))
+
+
+def _unpack_state(state: _Held) -> _Held:
+    S = state.S
+    if S is None or not is_packed(state):
+        return state
+    moment = state.P if isinstance(state, HLAQState) else state.F
+    return state._replace(S=unpack_S(S, moment.shape[-2]))
 
 
 def state_class(op: str, order: int | None = None) -> type:

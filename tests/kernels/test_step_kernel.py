@@ -43,11 +43,12 @@ def _exact_float32():
     torch.set_float32_matmul_precision(before)
 
 
-def make(op: str, *, B=2, HQ=4, HKV=2, K=19, V=21, dtype=torch.float32, gate=True, **kw) -> Call:
-    """A call with random inputs."""
-    q, k, v = (torch.randn(B, H, D, device=DEVICE).to(dtype) for H, D in ((HQ, K), (HKV, K), (HKV, V)))
-    g = -torch.rand(B, HKV, device=DEVICE) if gate else None
-    return check_call(op, q, k, v, g=g, one_token=True, **{**PATHS[op], **kw})
+def make(op: str, *, B=2, T=None, HQ=4, HKV=2, K=19, V=21, dtype=torch.float32, gate=True, **kw) -> Call:
+    """A call with random inputs, of one token or of T."""
+    lead = (B,) if T is None else (B, T)
+    q, k, v = (torch.randn(*lead, H, D, device=DEVICE).to(dtype) for H, D in ((HQ, K), (HKV, K), (HKV, V)))
+    g = -torch.rand(*lead, HKV, device=DEVICE) if gate else None
+    return check_call(op, q, k, v, g=g, step=True, **{**PATHS[op], **kw})
 
 
 def like(state, function):
@@ -63,8 +64,9 @@ def some_state(call: Call, rows: int = 2):
 
 
 def assert_equals_torch(call: Call, state, tolerance: float = 0.0):
+    """In one call, which the PyTorch form goes through token by token; the kernel may be given a packed state."""
     o, new = kernel.fused_step(call, state)
-    truth, true_state = recurrent.update(call, state if state is not None else recurrent.empty_state(call, 2))
+    truth, true_state = recurrent.update_all(call, state if state is not None else recurrent.empty_state(call, 2))
     assert o.dtype == truth.dtype
     assert_close(o, truth, max(tolerance, ROUNDING_HLA_Q if call.op == "hla_q" else ROUNDING), "o")
     assert_states_close(new, true_state, ROUNDING)
@@ -75,7 +77,7 @@ def test_kernel_equals_the_pytorch_step(name, option):
     x = Inputs(name, option, T=1, dtype=torch.float32, K=19, V=21)
     at = lambda y: (y[:, 0] if y.dim() > 2 else y).to(DEVICE) if isinstance(y, Tensor) else y  # noqa: E731
     kw = {n: at(y) for n, y in x.kw.items()}
-    call = check_call(x.op, at(x.q), at(x.k), at(x.v), one_token=True, **kw)
+    call = check_call(x.op, at(x.q), at(x.k), at(x.v), step=True, **kw)
     assert kernel.supports(call)
     state = some_state(call)
     if call.normalize:  # a denominator far from zero, or rounding is all that is left
@@ -83,12 +85,77 @@ def test_kernel_equals_the_pytorch_step(name, option):
     assert_equals_torch(call, state)
 
 
+@pytest.mark.parametrize("name,option", HAVE_KERNELS)
+def test_several_tokens_in_one_launch(name, option):
+    """Every tensor per token is read at its token."""
+    x = Inputs(name, option, T=3, dtype=torch.float32, K=19, V=21)
+    on = lambda y: y.to(DEVICE) if isinstance(y, Tensor) else y  # noqa: E731
+    call = check_call(x.op, on(x.q), on(x.k), on(x.v), step=True, **{n: on(y) for n, y in x.kw.items()})
+    assert kernel.supports(call)
+    state = some_state(call)
+    assert_equals_torch(call, like(state, torch.abs) if call.normalize else state)
+
+
+@path
+@pytest.mark.parametrize("T,HQ,HKV,p", [(1, 1, 1, "q"), (2, 6, 2, "q"), (8, 3, 1, "k")])
+def test_any_number_of_tokens_and_grouped_heads(op, T, HQ, HKV, p):
+    p = {} if op in ("linear_attn", "hla_q") else dict(p=p)
+    call = make(op, T=T, HQ=HQ, HKV=HKV, **p)
+    assert_equals_torch(call, some_state(call))
+
+
+@path
+def test_several_tokens_of_a_bfloat16_state_round_it_once(op):
+    call = make(op, T=3, K=32, V=32)
+    state = like(some_state(call), Tensor.bfloat16)
+    o, _ = kernel.fused_step(call, state, like(state, Tensor.clone))
+    truth, _ = kernel.fused_step(call, like(state, Tensor.float))
+    assert torch.equal(o, truth)
+
+
+packs = pytest.mark.parametrize("op", [op for op in PATHS if op not in ("linear_attn", "ahla")])
+
+
+@packs
+@pytest.mark.parametrize("T,K,V", [(3, 5, 3), (None, 16, 16), (2, 40, 21), (None, 130, 5)])
+@pytest.mark.parametrize("few", [0, 264])
+def test_packed_states_in_both_block_sizes(op, T, K, V, few, monkeypatch):
+    monkeypatch.setattr(kernel, "FEW_PROGRAMS", few)
+    call = make(op, T=T, HQ=2, HKV=1, K=K, V=V)
+    assert_equals_torch(call, some_state(call).pack())
+
+
+@packs
+@pytest.mark.parametrize("HQ,HKV,p", [(1, 1, "q"), (6, 2, "q"), (6, 2, "k")])
+def test_packed_states_with_grouped_heads(op, HQ, HKV, p):
+    p = {} if op == "hla_q" else dict(p=p)
+    call = make(op, T=2, HQ=HQ, HKV=HKV, K=20, **p)
+    assert_equals_torch(call, some_state(call).pack())
+
+
+@pytest.mark.parametrize("op", ["hla2", "hla3"])
+def test_packed_states_normalised_and_with_numbers_per_token(op):
+    q, k, v = (torch.rand(2, 3, H, D, device=DEVICE) for H, D in ((4, 20), (2, 20), (2, 21)))
+    ridge, gain = torch.rand(2, 2, 3, 4, device=DEVICE)
+    call = check_call(op, q, k, v, normalize=True, eps=0.5, ridge=ridge, gain=gain, step=True)
+    assert_equals_torch(call, like(some_state(call), torch.abs).pack())
+
+
+@pytest.mark.parametrize("T", [None, 3])
+def test_hla_q_keeps_a_large_S_in_memory(T, monkeypatch):
+    """In blocks of rows, here of a small one: written and read again by every token."""
+    monkeypatch.setattr(kernel, "RESIDENT", 32)
+    call = make("hla_q", T=T, K=40, V=5, HQ=2, HKV=1)
+    assert_equals_torch(call, some_state(call))
+    assert_equals_torch(call, some_state(call).pack())
+
+
 @pytest.mark.parametrize("name", ["hla_n2", "hla_n3"])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_orders_of_hla_n_that_are_hla2_and_hla3(name, normalize):
     q, k, v = (torch.rand(2, H, D, device=DEVICE) for H, D in ((4, 19), (2, 19), (2, 21)))
     call = check_call(
-        "hla_n", q, k, v, order=int(name[-1]), normalize=normalize, eps=0.5, ridge=0.3, gain=0.7, one_token=True
+        "hla_n", q, k, v, order=int(name[-1]), normalize=normalize, eps=0.5, ridge=0.3, gain=0.7, step=True
     )
     assert_equals_torch(call, like(some_state(call), torch.abs))
 
@@ -147,9 +214,12 @@ def test_the_empty_state(op):
 
 @path
 @pytest.mark.parametrize("normalize", [False, True])
-def test_in_place_equals_out_of_place(op, normalize):
-    call = make(op, HQ=6, normalize=normalize and op != "hla_q", eps=0.5)
+@pytest.mark.parametrize("T,packed", [(None, False), (3, True)])
+def test_in_place_equals_out_of_place(op, normalize, T, packed):
+    call = make(op, T=T, HQ=6, normalize=normalize and op != "hla_q", eps=0.5)
     before = some_state(call)
+    if packed and hasattr(before, "pack"):
+        before = before.pack()
     kept = like(before, Tensor.clone)
     o, new = kernel.fused_step(call, before)
     assert_states_close(before, kept, 0.0)
@@ -161,12 +231,14 @@ def test_in_place_equals_out_of_place(op, normalize):
 
 
 @path
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
-def test_slots(op, dtype):
+@pytest.mark.parametrize("dtype,T,packed", [(torch.int32, None, False), (torch.int64, 3, True)])
+def test_slots(op, dtype, T, packed):
     """Rows picked by state_indices advance as they would alone; the others are untouched."""
-    call = make(op)
+    call = make(op, T=T)
     index = torch.tensor([[3, 0], [1, 0]], dtype=dtype, device=DEVICE)[:, 0]  # not contiguous
     slots = some_state(call, 5)
+    if packed and hasattr(slots, "pack"):
+        slots = slots.pack()
     before = like(slots, Tensor.clone)
     o, alone = kernel.fused_step(call, like(slots, lambda x: x[index.long()]))
     o2, copy = kernel.fused_step(call, slots, None, index)
@@ -220,6 +292,22 @@ def test_strided_inputs_and_states(op):
 
 
 @path
+def test_strided_inputs_of_several_tokens(op):
+    """Cut from one projection of more tokens, and with the tokens in front of the batch."""
+    call = make(op, T=3, K=16, V=16, HQ=2)
+    state = some_state(call)
+    truth, true_state = recurrent.update_all(call, state)
+    together = torch.cat([call.q, call.k, call.v], 2).transpose(0, 1).contiguous().transpose(0, 1)
+    longer = torch.cat([torch.ones_like(together), together], 1)[:, 3:]
+    call.q, call.k, call.v = longer[:, :, :2], longer[:, :, 2:4], together[:, :, 4:]
+    call.p = call.q
+    call.g = call.g.mT.contiguous().mT
+    o, new = kernel.fused_step(call, state)
+    assert_close(o, truth, ROUNDING_HLA_Q if op == "hla_q" else ROUNDING)
+    assert_states_close(new, true_state, ROUNDING)
+
+
+@path
 def test_states_in_bfloat16_are_rounded_once(op):
     """Outputs come from the state before it is rounded. (The interpreter cuts off where a GPU rounds to nearest.)"""
     call = make(op, K=32, V=32)
@@ -237,14 +325,14 @@ def test_what_is_left_to_pytorch():
     refused = [make("ahla", order=3), make("ahla")]
     refused[1].q = refused[1].q.requires_grad_()
     q = torch.randn(2, 2, 8, device=DEVICE)
-    refused += [check_call("hla_n", q, q, q, order=n, one_token=True) for n in (4, 5)]
-    refused += [check_call("hla2", q.double(), q.double(), q.double(), one_token=True)]
+    refused += [check_call("hla_n", q, q, q, order=n, step=True) for n in (4, 5)]
+    refused += [check_call("hla2", q.double(), q.double(), q.double(), step=True)]
     assert not any(kernel.supports(call) for call in refused)
     with torch.no_grad():
         assert kernel.supports(refused[1])
     call = make("hla2", K=16, V=16)
     assert not kernel.supports(call, like(some_state(call), lambda x: x.mT.contiguous().mT))
-    assert [kernel.supports(check_call(op, q, q, q, order=1, one_token=True)) for op in ("ahla", "hla_n")] == [True] * 2
+    assert [kernel.supports(check_call(op, q, q, q, order=1, step=True)) for op in ("ahla", "hla_n")] == [True] * 2
 
 
 def test_no_rows():
@@ -254,17 +342,20 @@ def test_no_rows():
 
 
 @path
-def test_under_torch_compile_without_a_graph_break(op):
+@pytest.mark.parametrize("T,packed", [(None, False), (2, True)])
+def test_under_torch_compile_without_a_graph_break(op, T, packed):
     """In place and in slots: what the operator writes is declared, so that the compiled call writes it too."""
-    call = make(op, K=8, V=8)
+    call = make(op, T=T, K=8, V=8)
     index = torch.tensor([3, 1], device=DEVICE)
 
     def run(q, k, v, state):
-        c = check_call(op, q, k, v, g=call.g, one_token=True, **PATHS[op])
+        c = check_call(op, q, k, v, g=call.g, step=True, **PATHS[op])
         assert kernel.supports(c, state)
         return kernel.fused_step(c, state, state, index)[0] * 2
 
     eager = some_state(call, 5)
+    if packed and hasattr(eager, "pack"):
+        eager = eager.pack()
     compiled = like(eager, Tensor.clone)
     truth = run(call.q, call.k, call.v, eager)
     o = torch.compile(run, fullgraph=True, backend="aot_eager")(call.q, call.k, call.v, compiled)
@@ -276,7 +367,7 @@ def test_under_torch_compile_without_a_graph_break(op):
 def test_the_operator_keeps_its_schema(op, monkeypatch):
     """It writes what it says it writes, returns nothing of what it was given, and its fake has the right shape."""
     seen = []
-    monkeypatch.setattr(kernel, "_launch", lambda *args: seen.append(args) or args[2].new_zeros(2, 4, 8))
+    monkeypatch.setattr(kernel, "_launch", lambda *args: seen.append(args) or args[2].new_zeros(2, 1, 4, 8))
     call = make(op, K=8, V=8)
     state = some_state(call)
     kernel.fused_step(call, state, state)

@@ -5,6 +5,7 @@ import torch
 
 import hla
 from hla.ops import dispatch
+from hla.ops.segments import advance, summarize
 from hla.ops.state import AHLAState, HLA2State, zeros
 
 B, T, HQ, HKV, K, V = 2, 5, 4, 2, 3, 6
@@ -153,7 +154,21 @@ def test_bad_orders_and_variants_are_named(call, error, message):
 
 STEPS = [
     (dict(op="hla4"), ValueError, "op must be one of linear_attn, hla2, ahla, hla3, hla_n, hla_q; got 'hla4'"),
-    (dict(q=r(B, 1, HQ, K)), ValueError, r"q must have shape \[B, heads, dim\]"),
+    (dict(q=r(B, K)), ValueError, r"q must have shape \[B, heads, dim\] or, for several tokens, \[B, T, heads, dim\]"),
+    (dict(q=r(B, 1, HQ, K)), ValueError, r"k must have shape \[B, T, heads, dim\]"),
+    (
+        dict(q=r(B, 9, HQ, K), k=r(B, 9, HKV, K), v=r(B, 9, HKV, V)),
+        ValueError,
+        "takes 1 to 8 tokens in one call; got T = 9.*hla.hla2",
+    ),
+    (
+        dict(q=r(B, 0, HQ, K), k=r(B, 0, HKV, K), v=r(B, 0, HKV, V)),
+        ValueError,
+        "takes 1 to 8 tokens in one call; got T = 0",
+    ),
+    (dict(state=zeros("hla2", 3, HQ, HKV, K, V).pack()), ValueError, r"state\.S must have shape \[2, 2, 1, 16, 16\]"),
+    (dict(state=state(), out_state=state().pack()), ValueError, r"out_state\.S must be packed where state\.S is"),
+    (dict(state=state().pack(), out_state=state()), ValueError, r"out_state\.S must be packed where state\.S is"),
     (dict(order=2), ValueError, "hla2 has no argument order"),
     (dict(op="hla_n"), ValueError, "hla_n needs the argument order"),
     (dict(g=-torch.rand(B, 1, HKV)), ValueError, r"g must have shape \[2, 2\]"),
@@ -180,6 +195,14 @@ def test_bad_steps_are_named(changes, error, message):
     kw = dict(op="hla2", q=r(B, HQ, K), k=r(B, HKV, K), v=r(B, HKV, V), state=None) | changes
     with pytest.raises(error, match=message):
         hla.step(kw.pop("op"), kw.pop("q"), kw.pop("k"), kw.pop("v"), kw.pop("state"), **kw)
+
+
+def test_only_a_step_takes_a_packed_state():
+    with pytest.raises(ValueError, match=r"initial_state\.S is packed.*use initial_state\.unpack\(\)"):
+        hla.hla2(**good(initial_state=state().pack()))
+    segment = summarize("hla2", **good())
+    with pytest.raises(ValueError, match=r"state\.S is packed.*use state\.unpack\(\)"):
+        advance(state().pack(), segment)
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch):

@@ -1,4 +1,4 @@
-"""`hla.step`: one token of every operator; in place, in slots, differentiable, and of constant size."""
+"""`hla.step`: a few tokens of every operator; in place, in slots, packed, differentiable, and of constant size."""
 
 import pytest
 import torch
@@ -6,12 +6,42 @@ from torch import Tensor
 
 import hla
 from hla.ops import state as states
+from hla.ops.checks import check_call
 from tests.ops.cases import F64, Inputs, assert_close, assert_states_close, case, operator
 
 
 def token(x: Inputs, t: int):
     at = lambda y: y[:, t] if isinstance(y, Tensor) and y.dim() > 2 else y  # noqa: E731
     return (x.op, at(x.q), at(x.k), at(x.v)), {n: at(y) for n, y in x.kw.items()}
+
+
+def like(state, function):
+    return type(state)(*(None if y is None else function(y) for y in state))
+
+
+def some_state(x: Inputs, rows: int, dtype=F64):
+    """Random moments with a symmetric S."""
+    zero = states.zeros(
+        x.op, rows, *(x.q.shape[2], x.k.shape[2], x.k.shape[3], x.v.shape[3]), order=x.kw.get("order"),
+        p_heads=check_call(x.op, x.q, x.k, x.v, **x.kw).p.shape[2], normalize=x.kw.get("normalize", False), dtype=F64,
+    )  # fmt: skip
+    state = like(zero, torch.randn_like)
+    if getattr(state, "S", None) is not None:
+        S = state.S @ state.S.mT
+        state = state._replace(S=S + S.mT)  # the product is not symmetric to the last bit
+    return like(state, lambda y: y.to(dtype))
+
+
+def several(x: Inputs, state, count: int, **more):
+    """The first tokens of x in one call, and in as many calls."""
+    part = x.tokens(0, count)
+    together = hla.step(x.op, part.q, part.k, part.v, state, **part.kw, **more)
+    outputs, alone = [], state
+    for t in range(count):
+        args, kw = token(x, t)
+        o, alone = hla.step(*args, alone, **kw)
+        outputs.append(o)
+    return together, (torch.stack(outputs, 1), alone)
 
 
 @case
@@ -39,6 +69,91 @@ def test_in_place_keeps_addresses_and_gives_the_same(name):
         assert torch.equal(o, o2)
     assert_states_close(in_place, state)
     assert [y.data_ptr() for y in in_place if y is not None] == addresses
+
+
+@case
+def test_several_tokens_in_one_call_equal_single_calls(name, option):
+    x = Inputs(name, option, T=8)
+    for count in (1, 3, 8):
+        for state in (None, some_state(x, 2)):
+            (o, new), (truth, true_state) = several(x, state, count)
+            assert torch.equal(o, truth)
+            assert_states_close(new, true_state, 0.0)
+
+
+@operator
+def test_several_tokens_in_place_and_in_slots(name):
+    x = Inputs(name, "g", T=4)
+    slots = some_state(x, 5)
+    before, index = like(slots, Tensor.clone), torch.tensor([3, 1])
+    _, (truth, alone) = several(x, like(slots, lambda y: y[index]), 4)
+    o, written = hla.step(x.op, x.q, x.k, x.v, slots, out_state=slots, state_indices=index, **x.kw)
+    assert torch.equal(o, truth) and written is slots
+    for y, y_true, y_old in zip(slots, alone, before, strict=True):
+        assert y is None or (torch.equal(y[[3, 1]], y_true) and torch.equal(y[[0, 2, 4]], y_old[[0, 2, 4]]))
+
+
+@operator
+def test_several_tokens_round_a_bfloat16_state_once(name):
+    x = Inputs(name, "g", T=4, dtype=torch.float32)
+    state = some_state(x, 2, torch.bfloat16)
+    o, new = hla.step(x.op, x.q, x.k, x.v, state, **x.kw)
+    truth, true_state = hla.step(x.op, x.q, x.k, x.v, like(state, Tensor.float), **x.kw)
+    assert torch.equal(o, truth)
+    assert_states_close(new, like(true_state, Tensor.bfloat16), 0.0)
+
+
+PACKS = ("hla2", "hla3", "hla_n4", "hla_n5", "hla_q4")
+packs = pytest.mark.parametrize("name", PACKS)
+
+
+def test_packed_layout():
+    """Tile (i, j) is number i (i + 1) / 2 + j; K is filled up with zeros; 9216 numbers at K = 128."""
+    S = torch.randn(2, 3, 40, 40, dtype=F64)
+    S = S + S.mT
+    tiles = states.pack_S(S)
+    assert tiles.shape == (2, 3, 6, 16, 16)
+    assert torch.equal(tiles[:, :, 1], S[:, :, 16:32, :16])
+    assert torch.equal(tiles[:, :, 4, :8], S[:, :, 32:, 16:32]) and (tiles[:, :, 4, 8:] == 0).all()
+    assert torch.equal(tiles[:, :, 5, :8, :8], S[:, :, 32:, 32:])
+    assert torch.equal(states.unpack_S(tiles, 40), S)
+    assert states.pack_S(torch.zeros(1, 1, 128, 128)).numel() == 9216
+
+
+@packs
+def test_packing_a_state_loses_nothing(name):
+    for K in (16, 20):
+        state = some_state(Inputs(name, T=1, K=K), 2)
+        packed = state.pack()
+        assert type(packed) is type(state) and packed.S.dim() == 5 and packed.pack() is packed
+        assert all(x is y for field, x, y in zip(state._fields, state, packed, strict=True) if field != "S")
+        assert_states_close(packed.unpack(), state, 0.0)
+        assert state.unpack() is state and state.pack().unpack().S.is_contiguous()
+    assert states.state_nbytes(packed) - states.state_nbytes(state) == 2 * 2 * (3 * 256 - 20 * 20) * 8
+    order_1 = states.zeros("hla_n", 1, 1, 1, 3, 5, order=1)
+    assert order_1.pack() is order_1 and order_1.unpack() is order_1  # no S
+
+
+@packs
+@pytest.mark.parametrize("count", [None, 3])
+def test_a_step_takes_and_returns_a_packed_state(name, count):
+    x = Inputs(name, "g", T=3, K=20)
+    args, kw = token(x, 0) if count is None else ((x.op, x.q, x.k, x.v), x.kw)
+    state = some_state(x, 2)
+    o, new = hla.step(*args, state, **kw)
+    o2, packed = hla.step(*args, state.pack(), **kw)
+    assert_close(o2, o)
+    assert_states_close(packed, new.pack())
+    in_place = state.pack()
+    address = in_place.S.data_ptr()
+    o3, returned = hla.step(*args, in_place, out_state=in_place, **kw)
+    assert returned is in_place and in_place.S.data_ptr() == address and torch.equal(o3, o2)
+    assert_states_close(in_place, packed, 0.0)
+    index, slots = torch.tensor([3, 1]), some_state(x, 5).pack()
+    o4, _ = hla.step(*args, None, out_state=slots, state_indices=index, **kw)
+    o5, fresh = hla.step(*args, None, **kw)
+    assert torch.equal(o4, o5)
+    assert_states_close(like(slots, lambda y: y[index]), fresh.pack(), 0.0)
 
 
 @operator
