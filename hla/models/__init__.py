@@ -5,6 +5,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from hla.models.cache_hla import HLACache, HLACacheLayer
 from hla.models.configuration_hla import SIZES, HLAConfig
 from hla.models.modeling_hla import HLAForCausalLM, HLAModel, HLAPreTrainedModel, count_parameters
+from hla.models.remote_code import add_remote_code
 
 AutoConfig.register("hla", HLAConfig, exist_ok=True)
 AutoModel.register(HLAConfig, HLAModel, exist_ok=True)
@@ -18,5 +19,6 @@ __all__ = [
     "HLAModel",
     "HLAPreTrainedModel",
     "SIZES",
+    "add_remote_code",
     "count_parameters",
 ]

@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
 
 KNOWN_TO_TRANSFORMERS = {
-    "attn_implementation", "experts_implementation", "model_type", "name_or_path", "num_labels", "output_attentions",
-    "per_layer_config", "rope_scaling", "rope_theta", "torch_dtype",
+    "attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels",
+    "output_attentions", "per_layer_config", "rope_scaling", "rope_theta", "torch_dtype",
 }  # fmt: skip
 LAYER_TYPES = ("linear_attention", "full_attention")
 
