@@ -76,10 +76,12 @@ def _commit() -> str:
         root = Path(__file__).parent
         return subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
 
+    if "HLA_COMMIT" in os.environ:  # a copy of the tree without its history is told
+        return os.environ["HLA_COMMIT"]
     try:
         return git("rev-parse", "--short", "HEAD") + ("+changes" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("HLA_COMMIT", "unknown")  # a copy of the tree without its history is told
+        return "unknown"
 
 
 def synchronize(device: str) -> None:

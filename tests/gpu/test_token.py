@@ -1,0 +1,69 @@
+"""A token of a whole block in six launches, compiled: as near to float32 as the block operation by operation."""
+
+import copy
+
+import pytest
+import torch
+
+from hla.models import HLACache, HLAConfig, HLAForCausalLM
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+MODELS = {
+    "default": dict(hidden_size=256, num_attention_heads=2),
+    "grouped, sizes that are no powers of two": dict(
+        hidden_size=200, num_attention_heads=4, num_key_value_heads=2, head_dim=48, head_v_dim=80
+    ),
+    "linear_attn": dict(hidden_size=256, num_attention_heads=4, op="linear_attn", decay="fixed", conv_size=0),
+}
+
+
+def new_model(name: str, dtype: torch.dtype) -> HLAForCausalLM:
+    torch.manual_seed(0)
+    config = HLAConfig(**MODELS[name], num_hidden_layers=3, intermediate_size=320, vocab_size=500)
+    model = HLAForCausalLM(config).eval().cuda()
+    for parameter in model.parameters():  # weights at which a block does more than pass on its input
+        if parameter.dim() == 2 and parameter.shape[1] > 16:
+            parameter.data.mul_(3)
+    return model.to(dtype)
+
+
+@torch.inference_mode()
+def logits_of(model: HLAForCausalLM, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    cache, out = HLACache(model.config), []
+    for t in range(ids.shape[1]):
+        seen = None if mask is None else mask[:, : t + 1]
+        out.append(model(input_ids=ids[:, t : t + 1], attention_mask=seen, past_key_values=cache).logits[:, 0])
+    return torch.stack(out, 1).double()
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_error_is_that_of_the_dtype(name, dtype, rows, monkeypatch):
+    model = new_model(name, dtype)
+    ids = torch.randint(500, (rows, 40), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[::2, :3] = 0
+    found = logits_of(model, ids, mask)
+    from hla.kernels import token
+
+    monkeypatch.setattr(token, "fits", lambda block, x: False)
+    plain = logits_of(model, ids, mask)
+    truth = logits_of(copy.deepcopy(model).float(), ids, mask)
+    error, yardstick = ((x - truth).norm() / truth.norm() for x in (found, plain))
+    assert not torch.equal(found, plain)  # it was used
+    assert error <= 1.5 * yardstick and error < 5e-2, (error, yardstick)
+
+
+def test_one_token_costs_six_launches_a_block():
+    from benchmarks.cuda.probes import kernels_launched
+
+    counts = []
+    for layers in (1, 3):
+        model = HLAForCausalLM(HLAConfig(**MODELS["default"], num_hidden_layers=layers, vocab_size=500))
+        model = model.eval().cuda().to(torch.bfloat16)
+        cache, ids = HLACache(model.config), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+        with torch.inference_mode():
+            counts.append(kernels_launched(lambda: model(input_ids=ids, past_key_values=cache), "cuda"))  # noqa: B023
+    assert counts[1] - counts[0] == 2 * 6

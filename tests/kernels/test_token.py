@@ -1,0 +1,68 @@
+"""A token of a block in six launches equals the block operation by operation: outputs and states, token after token."""
+
+import pytest
+import torch
+
+from hla.layers import state_tensors
+from hla.models import HLAConfig
+from hla.models.modeling_hla import HLABlock
+from tests.ops.cases import assert_close
+
+pytest.importorskip("triton")
+from hla.kernels.token import fits, token
+
+COMMON = dict(hidden_size=40, num_attention_heads=4, intermediate_size=72, num_hidden_layers=1, vocab_size=16)
+CASES = {
+    "default": {},
+    "grouped": dict(num_key_value_heads=2, head_dim=16, head_v_dim=24),
+    "no conv": dict(conv_size=0, feature_map="elu1", qk_norm="rms"),
+    "no gates": dict(write_gate=False, decay="none", output_gate=False, ridge=0.5, nodes="chebyshev"),
+    "fixed decay": dict(decay="fixed", ridge="head", output_norm=False, feature_map="relu", qk_norm="none", conv_size=2),
+    "linear_attn": dict(op="linear_attn", feature_map="identity"),
+}
+
+
+def new_block(options: dict, dtype=torch.float32, device="cpu") -> HLABlock:
+    torch.manual_seed(0)
+    block = HLABlock(HLAConfig(**COMMON, **options), 0).to(device)
+    for name, parameter in block.named_parameters():
+        if "node_logits" not in name:
+            torch.nn.init.normal_(parameter, std=0.5) if parameter.dim() < 2 else parameter.data.mul_(2)
+    for part in block.modules():
+        if isinstance(part, torch.nn.Linear):
+            part.to(dtype)
+    return block.eval()
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_a_token_equals_the_block(case, masked, rows):
+    block = new_block(CASES[case])
+    states = [block.mixer.zero_state(rows, torch.float32, "cpu") for _ in range(2)]
+    for t in range(5):
+        x = torch.randn(rows, 1, 40)
+        mask = torch.rand(rows, 1) > 0.5 if masked and t < 3 else None
+        o, _ = block.mixer(block.input_layernorm(x), attention_mask=mask, state=states[0], out_state=states[0])
+        h = x + o
+        expected = h + block.mlp(block.post_attention_layernorm(h))
+        y = token(block, x, states[1], mask)
+        assert_close(y, expected.double(), 2e-6, "y")
+        for a, b in zip(*map(state_tensors, states), strict=True):
+            assert_close(b, a.double(), 2e-6, "state")
+
+
+def test_what_it_does_not_do_goes_operation_by_operation():
+    x = torch.zeros(2, 1, 40, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert fits(new_block({}, torch.bfloat16), x)
+        assert not fits(new_block({}, torch.bfloat16), x[:1].expand(2, 2, 40))
+        assert not fits(new_block({}, torch.bfloat16), x[:1].expand(17, 1, 40))
+        assert not fits(new_block({}), x.float())
+        for options in (dict(op="hla2"), dict(use_rope=True), dict(hidden_act="gelu"), dict(nodes="token")):
+            assert not fits(new_block(options, torch.bfloat16), x)
+        block = new_block({}, torch.bfloat16)
+        block.mixer.qkv_proj = torch.nn.Sequential(block.mixer.qkv_proj)  # as adapters wrap it
+        assert not fits(block, x)
+    assert not fits(new_block({}, torch.bfloat16), x)  # a gradient is wanted
