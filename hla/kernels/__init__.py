@@ -4,7 +4,8 @@
   sequences are split into segments whose entering states come from a first pass.
 - `chain`: compositions of the primitive and their gradients as one `torch.library` operator.
 - `query_side`: the readings of `hla_q` (its kernels in `query_side_kernels`).
-- `fused`: second and third order in one kernel, at small heads. `step`: one token of any operator in one launch.
+- `fused`: second and third order in one kernel, at small heads. `step`: one token of any operator in one launch; `token`: of
+  a whole block in six.
 - `configs`: block sizes and warps, by head size, dtype and device.
 """
 
