@@ -24,7 +24,6 @@ from benchmarks.measure import environment, gpu_software, interleaved_medians, p
 from hla.models import SIZES, HLACache, HLAConfig, HLAForCausalLM
 
 HLA, HLA_COMPILED, SOFTMAX, DELTA = "HLA", "HLA, compiled", "softmax (Llama)", "GatedDeltaNet (fla)"
-BANDWIDTH_ON_CPU = 1.0  # no floor is computed there
 
 
 def new_hla(size: str) -> HLAForCausalLM:
@@ -75,7 +74,7 @@ def hla_step(model: HLAForCausalLM, batch: int, compiled: bool) -> Callable[[], 
     """A decoding step in place."""
     cache = HLACache(model.config)
     ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
-    call = torch.compile(model, fullgraph=True) if compiled else model
+    call: Any = torch.compile(model, fullgraph=True) if compiled else model
     model(input_ids=ids, past_key_values=cache, use_cache=True)  # allocates the states
     return lambda: call(input_ids=ids, past_key_values=cache, use_cache=True).logits
 
@@ -86,7 +85,7 @@ def softmax_step(model: Any, batch: int, context: int) -> Callable[[], Tensor]:
 
     ids = torch.randint(model.config.vocab_size, (batch, 1), device=model.device)
     if model.device.type == "cpu":
-        cache = DynamicCache(config=model.config)
+        cache: Any = DynamicCache(config=model.config)
         model(input_ids=ids, past_key_values=cache, use_cache=True)
         for layer in cache.layers:
             layer.keys, layer.values = (
@@ -131,7 +130,8 @@ def delta_step(model: Any, batch: int) -> Callable[[], Tensor]:
 def decoding(args: argparse.Namespace, models: Models, size: str, bandwidth: float, budget: Budget) -> list[dict]:
     """Rows of a size: every batch, context and kind."""
     rows: list[dict[str, Any]] = []
-    kinds = [HLA, *([HLA_COMPILED] if args.compile else []), *([] if args.alone else [SOFTMAX]), *([DELTA] if args.fla else [])]
+    asked = {HLA: True, HLA_COMPILED: args.compile, SOFTMAX: not args.alone, DELTA: args.fla}
+    kinds = [kind for kind, wanted in asked.items() if wanted]
     results: dict[tuple[str, int, int], tuple[float | None, float | None, str]] = {}
     floors: dict[str, float] = {}
     for kind in kinds:
@@ -272,7 +272,7 @@ def main() -> None:
     models = Models(args.device, dtype)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
-        bandwidth = ceilings(args.device, 0.1).bandwidth if args.device == "cuda" else BANDWIDTH_ON_CPU
+        bandwidth = ceilings(args.device, 0.1).bandwidth if args.device == "cuda" else 1.0
         for size in args.sizes:
             rows += decoding(args, models, size, bandwidth, budget)
             rows += reading(args, models, size, budget)

@@ -4,8 +4,8 @@
   sequences are split into segments whose entering states come from a first pass.
 - `chain`: compositions of the primitive and their gradients as one `torch.library` operator.
 - `query_side`: the readings of `hla_q` (its kernels in `query_side_kernels`).
-- `fused`: second and third order in one kernel, at small heads. `step`: one token of any operator in one launch; `token`: of
-  a whole block in six.
+- `fused`: second and third order in one kernel, at small heads. `step`: one token of any operator in one launch.
+- `shape`: from a layer's projections to q, k, v and gates. `token`: one token of a whole block in six launches.
 - `configs`: block sizes and warps, by head size, dtype and device.
 """
 

@@ -321,8 +321,8 @@ class HLACache(Cache):
     def advance(self, tokens: int) -> None:
         """Counts tokens whose effect is now in the states of the HLA layers (in one launch for all of them)."""
         seen = [layer.seen_tokens for layer in self.layers if isinstance(layer, HLACacheLayer)]
-        if seen:
-            torch._foreach_add_(seen, tokens)
+        if counts := [x for x in seen if x is not None]:
+            torch._foreach_add_(counts, tokens)
 
     @property
     def is_linear(self) -> list[bool]:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from hla import HigherOrderLinearAttention
 from hla.models import HLACache, HLAConfig, HLAForCausalLM
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -54,6 +55,31 @@ def test_the_error_is_that_of_the_dtype(name, dtype, rows, monkeypatch):
     error, yardstick = ((x - truth).norm() / truth.norm() for x in (found, plain))
     assert not torch.equal(found, plain)  # it was used
     assert error <= 1.5 * yardstick and error < 5e-2, (error, yardstick)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_prompt_shaped_in_one_launch(name, dtype, monkeypatch):
+    model = new_model(name, dtype)
+    ids = torch.randint(500, (2, 300), device="cuda")
+    mask = torch.ones_like(ids)
+    mask[0, :70] = 0
+
+    @torch.inference_mode()
+    def logits(model) -> torch.Tensor:
+        cache = HLACache(model.config)
+        pieces = [
+            model(input_ids=ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+            for a, b in ((0, 200), (200, 202), (202, 300))
+        ]
+        return torch.cat(pieces, 1)[mask != 0].double()
+
+    found = logits(model)
+    monkeypatch.setattr(HigherOrderLinearAttention, "_in_one_launch", lambda *_: False)
+    plain, truth = logits(model), logits(copy.deepcopy(model).double())
+    error, yardstick = ((x - truth).norm() / truth.norm() for x in (found, plain))
+    assert not torch.equal(found, plain)  # it was used
+    assert error <= 1.5 * yardstick and error < (5e-2 if dtype == torch.bfloat16 else 1e-4), (error, yardstick)
 
 
 def test_one_token_costs_six_launches_a_block():

@@ -49,7 +49,13 @@ STEP_MAY_SPILL = {
     (86, "hla2", 256, 128, 4, True): 0,
     (86, "hla_q", 256, 128, 4, True): 0,
 }
-MAY = MAY_SPILL | STEP_MAY_SPILL
+# (capability, "block", batch, hidden size, heads): a token of a block and the shaping of its prompt: likewise.
+BLOCK_MAY_SPILL = {
+    (90, "block", 1, 2048, 16): 0,
+    (90, "block", 16, 2048, 16): 0,
+    (86, "block", 16, 768, 12): 0,
+}
+MAY = MAY_SPILL | STEP_MAY_SPILL | BLOCK_MAY_SPILL
 PROCESSES = 2
 
 
@@ -103,6 +109,32 @@ def launches_of_step(capability: int, op: str, B: int, D: int, T: int, packed: b
     return record(lambda: fused_step(call, state, state))
 
 
+def launches_of_block(capability: int, _: str, B: int, hidden_size: int, heads: int) -> list:
+    """The launches of `token` but for that of the operator, and that of `shape` for several tokens."""
+    import torch
+
+    import hla.kernels.token as kernels
+    from hla.kernels.shape import project
+    from hla.models import HLAConfig
+    from hla.models.modeling_hla import HLABlock
+    from tests.kernels.offline import record
+
+    kernels.step = lambda op, q, k, v, state, out_state, **options: (torch.zeros(q.shape, dtype=v.dtype), state)
+    block = HLABlock(HLAConfig(hidden_size=hidden_size, num_attention_heads=heads), 0).to(torch.bfloat16)
+    state = block.mixer.zero_state(B, torch.bfloat16, "cpu")
+    one, many = (torch.zeros(B, T, hidden_size, dtype=torch.bfloat16) for T in (1, 100))
+    with torch.no_grad():
+        launches = record(lambda: kernels.token(block, one, state, None))
+        return launches + record(lambda: project(block.mixer, many, None, state.conv, True))
+
+
+def launches_of_row(row: tuple) -> list:
+    for table, launches in ((STEP_MAY_SPILL, launches_of_step), (BLOCK_MAY_SPILL, launches_of_block)):
+        if row in table:
+            return launches(*row)
+    return launches_of(*row)
+
+
 def compile_rows(rows: list) -> list[list]:
     """``[row, kernel, registers, spilled, shared]`` of everything the rows launch."""
     import triton
@@ -112,7 +144,7 @@ def compile_rows(rows: list) -> list[list]:
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     results = []
     for row in rows:
-        for launch in launches_of_step(*row) if tuple(row) in STEP_MAY_SPILL else launches_of(*row):
+        for launch in launches_of_row(tuple(row)):
             # The report of the run of the assembler by Triton itself, whose choice of flags and version is its own.
             log = io.StringIO()
             offline._assembler_report = lambda ptx, capability, log=log: log.getvalue()

@@ -17,7 +17,9 @@ CASES = {
     "grouped": dict(num_key_value_heads=2, head_dim=16, head_v_dim=24),
     "no conv": dict(conv_size=0, feature_map="elu1", qk_norm="rms"),
     "no gates": dict(write_gate=False, decay="none", output_gate=False, ridge=0.5, nodes="chebyshev"),
-    "fixed decay": dict(decay="fixed", ridge="head", output_norm=False, feature_map="relu", qk_norm="none", conv_size=2),
+    "fixed decay": dict(
+        decay="fixed", ridge="head", output_norm=False, feature_map="relu", qk_norm="none", conv_size=2
+    ),
     "linear_attn": dict(op="linear_attn", feature_map="identity"),
 }
 
@@ -34,16 +36,15 @@ def new_block(options: dict, dtype=torch.float32, device="cpu") -> HLABlock:
     return block.eval()
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("rows,masked", [(1, False), (3, True)])
 @pytest.mark.parametrize("case", CASES)
 @torch.no_grad()
 def test_a_token_equals_the_block(case, masked, rows):
     block = new_block(CASES[case])
     states = [block.mixer.zero_state(rows, torch.float32, "cpu") for _ in range(2)]
-    for t in range(5):
+    for t in range(4):
         x = torch.randn(rows, 1, 40)
-        mask = torch.rand(rows, 1) > 0.5 if masked and t < 3 else None
+        mask = torch.rand(rows, 1) > 0.5 if masked and t < 2 else None
         o, _ = block.mixer(block.input_layernorm(x), attention_mask=mask, state=states[0], out_state=states[0])
         h = x + o
         expected = h + block.mlp(block.post_attention_layernorm(h))
