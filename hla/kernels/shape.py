@@ -169,7 +169,7 @@ def shape(
     nodes = new(heads, mixer.order + 1) if mixer.nodes == "head" else None
     by_token = mixer.decay == "token"
     size = block(max(K, V))
-    tokens = 1 if T == 1 else max(1, 4096 // size)
+    tokens = 1 if T == 1 else max(1, 2048 // size)
     blocks = -(-T // tokens)
     if mixer.conv_size < 2:
         history = None
