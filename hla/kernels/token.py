@@ -203,7 +203,8 @@ def _plain(linear: nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether something else happens around a module's forward (the last one is how accelerate moves weights)."""
+    return bool(module._forward_hooks or module._forward_pre_hooks) or hasattr(module, "_hf_hook")
 
 
 def _projections(mixer: HigherOrderLinearAttention) -> dict[str, nn.Linear]:

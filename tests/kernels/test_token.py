@@ -66,4 +66,7 @@ def test_what_it_does_not_do_goes_operation_by_operation():
         block = new_block({}, torch.bfloat16)
         block.mixer.qkv_proj = torch.nn.Sequential(block.mixer.qkv_proj)  # as adapters wrap it
         assert not fits(block, x)
+        block = new_block({}, torch.bfloat16)
+        block.mixer.register_forward_hook(lambda *_: None)
+        assert not fits(block, x)
     assert not fits(new_block({}, torch.bfloat16), x)  # a gradient is wanted
