@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,14 @@ from torch.nn import functional as F
 
 from hla.convolution import positions_in_packed, short_convolution
 from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
-from hla.ops.checks import chebyshev_nodes, check_backend
+from hla.ops.checks import HAS_TRITON, chebyshev_nodes, check_backend
 from hla.ops.higher_order import ahla, hla2, hla3, hla_q, linear_attn
 from hla.ops.recurrent import step
 from hla.ops.state import State, zeros
 from hla.rotary import apply_rope, rope_cos_sin
+
+if TYPE_CHECKING:
+    from hla.distributed import SequenceParallel
 
 OPERATORS: dict[str, Callable[..., tuple[Tensor, Any]]] = {
     "linear_attn": linear_attn,
@@ -106,6 +109,11 @@ class HigherOrderLinearAttention(nn.Module):
         norm_eps: of all normalisations.
         backend: of the operator; None chooses by device.
 
+    Attributes:
+        sequence_parallel: set it to a `hla.distributed.SequenceParallel`, and the layer takes one piece of the sequence
+            on each rank: hidden_states, attention_mask and position_ids of this rank's tokens, cu_seqlens and state of
+            the whole sequence. The state returned is the one after the whole sequence, on every rank.
+
     The published operator is ``HigherOrderLinearAttention(..., op="hla2", p="q", ridge=0, gain=1, decay="none")``.
 
     Raises:
@@ -143,6 +151,7 @@ class HigherOrderLinearAttention(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        self.sequence_parallel: SequenceParallel | None = None
         arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "backend")}
         check_arguments(**arguments)
         check_backend(backend)
@@ -265,17 +274,32 @@ class HigherOrderLinearAttention(nn.Module):
             position_ids, position = self._positions(hidden_states, attention_mask, position_ids, cu_seqlens, state)
 
         history = None if state is None else state.conv
-        q, k, v, p, conv = self._project(hidden_states, mask, position_ids, cu_seqlens, history, wants_state)
-        options = {"g": self._log_decay(hidden_states, mask), **self._coefficients(hidden_states, k)}
-        if p is not None:
-            options["p"] = p
-        o, op = self._operate(q, k, v, options, state, wants_state, out_state, cu_seqlens)
+        if self._in_one_launch(hidden_states, cu_seqlens):
+            from hla.kernels.shape import project
+
+            q, k, v, conv, options = project(self, hidden_states, mask, history, wants_state)
+        else:
+            q, k, v, p, conv = self._project(hidden_states, mask, position_ids, cu_seqlens, history, wants_state)
+            options = {"g": self._log_decay(hidden_states, mask), **self._coefficients(hidden_states, k)}
+            if p is not None:
+                options["p"] = p
+        gate = None
+        if self.sequence_parallel is None:
+            o, op = self._operate(q, k, v, options, state, wants_state, out_state, cu_seqlens)
+        else:
+            pending = self.sequence_parallel.begin(
+                self.op, q, k, v, initial_state=self._operator_state(state, out_state), output_final_state=wants_state,
+                cu_seqlens=cu_seqlens, backend=self.backend, **self._operator_options(options),
+            )  # fmt: skip
+            gate = self._gate(hidden_states)  # computed while the summaries travel
+            o, op = pending.finish()
 
         if self.o_norm is not None:
             o = self.o_norm(o)
         o = o.flatten(2)
-        if self.gate_proj is not None:
-            o = o * F.silu(self.gate_proj(hidden_states))
+        gate = self._gate(hidden_states) if gate is None else gate
+        if gate is not None:
+            o = o * gate
         y = self.o_proj(o)
         if not wants_state:
             return y, None
@@ -300,7 +324,9 @@ class HigherOrderLinearAttention(nn.Module):
             x = x * mask  # what the convolution sees at pads
         conv = None
         if self.conv_size:
-            x, conv = short_convolution(x, self.conv_weight, cu_seqlens, history, wants_state)
+            parallel = self.sequence_parallel
+            convolution = short_convolution if parallel is None else parallel.short_convolution
+            x, conv = convolution(x, self.conv_weight, cu_seqlens, history, wants_state)
         dims = [self.head_dim, self.head_dim, self.head_v_dim, self.head_dim][: len(self.split_sizes)]
         parts = x.split(self.split_sizes, -1)
         q, k, v, *own = (part.unflatten(-1, (-1, dim)) for part, dim in zip(parts, dims, strict=True))
@@ -318,6 +344,16 @@ class HigherOrderLinearAttention(nn.Module):
             k, v = (part * share.to(part.dtype) for part in (k, v))
         return q, k, v, own[0] if own else self.p, conv
 
+    def _in_one_launch(self, hidden_states: Tensor, cu_seqlens: Tensor | None) -> bool:
+        """Whether a kernel does what lies between the projections and the operator (it has no gradient)."""
+        if not (hidden_states.is_cuda and HAS_TRITON) or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if cu_seqlens is not None or self.sequence_parallel is not None or hidden_states.dtype == torch.float64:
+            return False
+        from hla.kernels.shape import supports
+
+        return hidden_states.numel() > 0 and not torch.is_autocast_enabled("cuda") and supports(self)
+
     def _operate(
         self,
         q: Tensor,
@@ -330,16 +366,9 @@ class HigherOrderLinearAttention(nn.Module):
         cu_seqlens: Tensor | None,
     ) -> tuple[Tensor, Any]:
         """The operator's output ``[B, T, heads, head_v_dim]`` and state: one step for one token, else in chunks."""
-        options["scale"] = self.scale
-        if self.op == "hla_q":
-            options["order"] = self.order
-        else:
-            options["normalize"] = self.normalize
-        op_state = None if state is None else state.op
+        options = self._operator_options(options)
+        op_state = self._operator_state(state, out_state)
         in_place = out_state is not None and not torch.is_grad_enabled()
-        if op_state is not None and out_state is not None and not in_place:
-            # The backward pass reads it, and out_state may be the same tensors.
-            op_state = map_state(Tensor.clone, op_state)
         if q.shape[1] == 1 and state is not None and cu_seqlens is None:
             # (nodes per head have no dimension of time)
             options = {n: x[:, 0] if isinstance(x, Tensor) and x.dim() > 2 else x for n, x in options.items()}
@@ -356,6 +385,19 @@ class HigherOrderLinearAttention(nn.Module):
             backend=self.backend,
             **options,
         )
+
+    def _operator_options(self, options: dict[str, Any]) -> dict[str, Any]:
+        shape = {"order": self.order} if self.op == "hla_q" else {"normalize": self.normalize}
+        return {**options, "scale": self.scale, **shape}
+
+    def _operator_state(self, state: LayerState | None, out_state: LayerState | None) -> Any:
+        if state is not None and out_state is not None and torch.is_grad_enabled():
+            # The backward pass reads it, and out_state may be the same tensors.
+            return map_state(Tensor.clone, state.op)
+        return None if state is None else state.op
+
+    def _gate(self, hidden_states: Tensor) -> Tensor | None:
+        return None if self.gate_proj is None else F.silu(self.gate_proj(hidden_states))
 
     def zero_state(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> LayerState:
         """The state before the first token of ``batch_size`` sequences, for a layer computing in ``dtype``."""
@@ -451,22 +493,28 @@ class HigherOrderLinearAttention(nn.Module):
         """Positions ``[B or 1, T]`` of the tokens, and ``[B or N]`` of the tokens to come."""
         batch, length, _ = hidden_states.shape
         start = None if state is None else state.position
+        parallel = self.sequence_parallel
         if cu_seqlens is not None:
             lengths = cu_seqlens.long().diff()
             end = lengths if start is None else start + lengths
             if position_ids is None:
-                sequence, position_ids = positions_in_packed(cu_seqlens, length)
+                packed = positions_in_packed if parallel is None else parallel.positions_in_packed
+                sequence, position_ids = packed(cu_seqlens, length)
                 if start is not None:
                     position_ids = position_ids + start[sequence]
                 position_ids = position_ids[None]
             return position_ids, end
         if position_ids is not None:
+            if parallel is not None:
+                return position_ids, parallel.position_after(position_ids).expand(batch).clone()
             return position_ids, (position_ids[:, -1] + 1).expand(batch).clone()
         if attention_mask is None:
             counted = torch.arange(1, length + 1, device=hidden_states.device).expand(batch, length)
         else:
             counted = (attention_mask != 0).long().cumsum(1)
         end = counted[:, -1] if length else counted.new_zeros(batch)
+        if parallel is not None:
+            counted, end = parallel.counted(counted, attention_mask is not None)
         if start is not None:
             counted, end = counted + start[:, None], end + start
         return (counted - 1).clamp(min=0), end.clone()

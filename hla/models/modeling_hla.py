@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,11 @@ from hla.convolution import positions_in_packed
 from hla.layers import HigherOrderLinearAttention, RMSNorm
 from hla.models.cache_hla import HLACache
 from hla.models.configuration_hla import HLAConfig
+from hla.ops.checks import HAS_TRITON
 from hla.rotary import apply_rope, rope_cos_sin
+
+if TYPE_CHECKING:
+    from hla.distributed import SequenceParallel
 
 
 class HLAAttention(nn.Module):
@@ -107,7 +112,7 @@ class HLAMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act = ACT2FN[config.hidden_act]
+        self.hidden_act, self.act = config.hidden_act, ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
@@ -139,16 +144,23 @@ class HLABlock(GradientCheckpointingLayer):
         cu_seqlens: Tensor | None = None,
         past_key_values: HLACache | None = None,
     ) -> Tensor:
-        x = self.input_layernorm(hidden_states)
         if isinstance(self.mixer, HLAAttention):
             assert cos_sin is not None
-            x = self.mixer(x, cos_sin, attention_mask, cu_seqlens, past_key_values)
+            x = self.mixer(self.input_layernorm(hidden_states), cos_sin, attention_mask, cu_seqlens, past_key_values)
         else:
-            length = x.shape[1]
+            length = hidden_states.shape[1]
             if attention_mask is not None:
                 attention_mask = attention_mask[:, attention_mask.shape[1] - length :]
             cache = None if past_key_values is None else past_key_values.layers[self.layer_idx]
-            state = None if cache is None else cache.prepare(self.mixer, x)
+            state = None if cache is None else cache.prepare(self.mixer, hidden_states)
+            alone = self.mixer.sequence_parallel is None
+            if state is not None and length == 1 and alone and hidden_states.is_cuda and HAS_TRITON:
+                if not torch.compiler.is_compiling():  # (which does as much by itself)
+                    from hla.kernels.token import fits, token
+
+                    if fits(self, hidden_states):
+                        return token(self, hidden_states, state, attention_mask)
+            x = self.input_layernorm(hidden_states)
             x, _ = self.mixer(
                 x,
                 attention_mask=attention_mask,
@@ -157,8 +169,6 @@ class HLABlock(GradientCheckpointingLayer):
                 state=state,
                 out_state=state,
             )
-            if cache is not None:
-                cache.advance(length)
         hidden_states = hidden_states + x
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
@@ -174,8 +184,29 @@ class HLAPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _is_stateful = True
+    _can_compile_fullgraph = True
     # Few numbers that set time scales and step sizes: rounded to bfloat16 they would be off by up to 0.4%.
     _keep_in_fp32_modules_strict = {"A_log", "dt_bias", "log_b", "node_logits", "ridge_head"}
+
+    sequence_parallel: Any = None  # a SequenceParallel (transformers reads annotations, and this name is not imported)
+
+    def set_sequence_parallel(self, parallel: SequenceParallel | None) -> None:
+        """From now on the model takes one piece of the sequence on each rank (`hla.distributed`); None ends that.
+
+        Tensors per token are those of this rank, ``cu_seq_lens_q`` and ``past_key_values`` those of the whole sequence,
+        labels come shifted (``shift_labels``), and the loss is that of the whole sequence on every rank: gradients of
+        the parameters must be summed over the ranks. `hla.distributed.shard_sequence` cuts a batch this way.
+
+        Raises:
+            ValueError: the model has softmax layers, which read keys of the whole sequence.
+        """
+        blocks = [module for module in self.modules() if isinstance(module, HLABlock)]
+        softmax = [block.layer_idx for block in blocks if isinstance(block.mixer, HLAAttention)]
+        if parallel is not None and softmax:
+            raise ValueError(f"softmax layers have no sequence parallelism here; layers {softmax} are full_attention")
+        for module in self.modules():
+            if isinstance(module, (HigherOrderLinearAttention, HLAPreTrainedModel)):
+                module.sequence_parallel = parallel
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -215,6 +246,7 @@ class HLAModel(HLAPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         cu_seq_lens_q: Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> BaseModelOutputWithPast:
         """Hidden states ``[B, T, hidden_size]`` of the last block, normalised.
 
@@ -226,11 +258,14 @@ class HLAModel(HLAPreTrainedModel):
             use_cache: return a cache; by default as configured, but not while training and not for packed documents.
             output_hidden_states: also return the input of every block and the final output.
             cu_seq_lens_q: int ``[N + 1]``, borders of documents packed into one row (B = 1).
+            output_attentions: None or False, which is what PEFT passes to every model; there are no such matrices.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, or shapes that do not fit.
+            ValueError: output_attentions, not exactly one of input_ids and inputs_embeds, or shapes that do not fit.
             TypeError: past_key_values of another kind.
         """
+        if output_attentions:
+            raise ValueError("output_attentions must be None or False: an HLA layer has no attention matrix")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("exactly one of input_ids and inputs_embeds must be given")
         if inputs_embeds is None:
@@ -250,7 +285,14 @@ class HLAModel(HLAPreTrainedModel):
                 expected = f"[{batch}, {length}]" + ("" if new_only else f" or [{batch}, tokens so far + {length}]")
                 raise ValueError(f"attention_mask has shape {shape}; expected {expected}")
         starts = document_starts(batch, length, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
-        if starts is not None and position_ids is not None and cu_seq_lens_q is None:
+        parallel = self.sequence_parallel
+        if parallel is not None and starts is not None and position_ids is not None and cu_seq_lens_q is None:
+            if bool(starts[:, 1:].any() | (position_ids[:, :1] != parallel.span(length).start).any()):
+                raise ValueError(
+                    "position_ids of a sequence-parallel model count on from the rank before; packed documents need "
+                    "cu_seq_lens_q (hla.distributed.shard_sequence makes it)"
+                )
+        elif starts is not None and position_ids is not None and cu_seq_lens_q is None:
             if bool(starts[:, 1:].any()):  # packed through position_ids: the rows become one
                 cu_seq_lens_q = F.pad(starts.flatten().nonzero()[:, 0], (0, 1), value=batch * length)
                 inputs_embeds = inputs_embeds.reshape(1, batch * length, -1)
@@ -261,8 +303,12 @@ class HLAModel(HLAPreTrainedModel):
             use_cache = False
         if use_cache and past_key_values is None:
             past_key_values = HLACache(self.config)
+        if past_key_values is not None:
+            past_key_values.meet(self)
         # Nothing to mask is common (generate always makes a mask); finding out would make a GPU wait.
-        if attention_mask is not None and attention_mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        # (Ranks would find out different things.)
+        readable = attention_mask is not None and attention_mask.device.type == "cpu" and parallel is None
+        if attention_mask is not None and readable and not torch.compiler.is_compiling():
             attention_mask = None if bool((attention_mask != 0).all()) else attention_mask
 
         cos_sin = None
@@ -285,11 +331,15 @@ class HLAModel(HLAPreTrainedModel):
                 past_key_values=past_key_values,
             )
             seen.append(x)
+        if past_key_values is not None:
+            past_key_values.advance(length if parallel is None else parallel.borders(length)[-1])
         x = seen[-1] = self.norm(x)
+        if x.shape[:2] != (batch, length):  # rows that became one; else the very tensors, whose gradients can be kept
+            x, seen = x.reshape(batch, length, -1), [h.reshape(batch, length, -1) for h in seen]
         return BaseModelOutputWithPast(
-            last_hidden_state=x.reshape(batch, length, -1),
+            last_hidden_state=x,
             past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(h.reshape(batch, length, -1) for h in seen) if output_hidden_states else None,
+            hidden_states=tuple(seen) if output_hidden_states else None,
         )
 
     def _position_ids(
@@ -356,6 +406,8 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         cu_seq_lens_q: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast:
         """Logits ``[B, T, vocab_size]`` of the next token, and the loss. Arguments beside those of `HLAModel`:
 
@@ -364,7 +416,11 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
                 against ``labels[t + 1]``, and in packed rows never against the first token of the next document.
             logits_to_keep: logits of only the last so many positions (0: all), or of these indices.
             num_items_in_batch: divides the summed loss (gradient accumulation); by default the number of labels.
+            shift_labels: int ``[B, T]``, already shifted: the logits at t are held against ``shift_labels[t]`` as they
+                are. They take precedence over labels.
         """
+        if isinstance(past_key_values, HLACache):
+            past_key_values.meet(self)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -374,28 +430,45 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             cu_seq_lens_q=cu_seq_lens_q,
+            output_attentions=output_attentions,
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None
-        if labels is not None:
-            batch, length = labels.shape
+        if labels is not None or shift_labels is not None:
+            batch, length = outputs.last_hidden_state.shape[:2]
             starts = document_starts(batch, length, attention_mask, position_ids, past_key_values, cu_seq_lens_q)
-            if starts is not None:
+            if starts is not None and labels is not None:
                 labels = labels.masked_fill(starts, -100)
+            if self.sequence_parallel is not None:
+                from hla.distributed.batch import labels_everywhere
+
+                num_items_in_batch = labels_everywhere(shift_labels, num_items_in_batch, self.sequence_parallel)
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
                 num_items_in_batch=num_items_in_batch,
+                shift_labels=shift_labels,
             )
+            if self.sequence_parallel is not None:
+                from hla.distributed.batch import same_everywhere
+
+                loss = same_everywhere(loss, self.sequence_parallel)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
         )
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate reads the signature
+    def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """The arguments of a step; not the tokenizer, which `generate` has used (for stop_strings) but hands on."""
+        inputs = GenerationMixin.prepare_inputs_for_generation(self, *args, **kwargs)
+        inputs.pop("tokenizer", None)
+        return inputs
 
     @staticmethod
     def create_masks_for_generate(
@@ -410,6 +483,8 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ):
         """Gives `generate` an `HLACache` unless the caller passed one or wants none."""
+        if self.sequence_parallel is not None:
+            raise ValueError("generate runs in one process: call set_sequence_parallel(None) before it")
         kind = generation_config.cache_implementation
         given = model_kwargs.get("past_key_values")
         if given is not None:

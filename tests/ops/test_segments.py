@@ -12,14 +12,14 @@ from hla.ops.segments import advance, combine, empty, summarize
 from hla.ops.state import zeros
 from tests.ops.cases import CASES, F64, Inputs, assert_close, assert_states_close
 
-OPS = ("linear_attn", "hla2", "ahla", "hla3", "hla_q4")
+OPS = ("linear_attn", "hla2", "ahla", "ahla1", "ahla3", "hla3", "hla_q4")
 SEGMENT_CASES = [(n, o) for n, o in CASES if n in OPS and "normalize" not in o]
 segment_case = pytest.mark.parametrize("name,option", SEGMENT_CASES)
 
 
 def _read(keywords: dict) -> dict:
-    """What a summary reads; what only shapes how a state is read, hla_q's polynomial, is no part of it."""
-    return {name: y for name, y in keywords.items() if name not in ("order", "nodes")}
+    """What a summary reads; nodes only shape how a state is read."""
+    return {name: y for name, y in keywords.items() if name != "nodes"}
 
 
 def summary(x: Inputs, start: int, end: int):

@@ -1,0 +1,71 @@
+"""Processes that wait for work: a test runs one function on all ranks of a gloo group."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing import get_context
+
+SIZES = (1, 2, 4)
+TIMEOUT = 60  # seconds for one function on all ranks; half of that for one collective
+MODULES = ["hla.models", "hla.distributed", "tests.ops.cases"]
+
+
+class Ranks:
+    """Four processes, started once; `run` calls ``function(groups by size, rank, *args)`` on all of them."""
+
+    def __init__(self, count: int = 4):
+        # A server that has imported everything forks them: nothing is imported four times.
+        context = get_context("forkserver")
+        context.set_forkserver_preload(MODULES)
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes, self.processes = [], []
+        for rank in range(count):
+            here, there = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, count, f"{self.folder.name}/meet", there), daemon=True)
+            process.start()
+            self.pipes.append(here)
+            self.processes.append(process)
+        self.alive = True
+
+    def run(self, function, *args) -> None:
+        """Raises what any rank raised."""
+        for pipe in self.pipes:
+            pipe.send((function, args))
+        end = time.monotonic() + TIMEOUT
+        answers = [pipe.recv() if pipe.poll(max(0, end - time.monotonic())) else "no answer" for pipe in self.pipes]
+        errors = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if answer is not None]
+        if errors:
+            self.close()
+            raise AssertionError("\n".join(errors))
+
+    def close(self) -> None:
+        self.alive = False
+        for process in self.processes:
+            process.terminate()
+            process.join()
+        self.folder.cleanup()
+
+
+def _serve(rank: int, count: int, path: str, pipe) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    os.environ["GLOO_SOCKET_IFNAME"] = ",".join(loopback[:1])  # the name of this machine may lead nowhere
+    patience = timedelta(seconds=TIMEOUT / 2)
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=count, timeout=patience)
+    groups = {n: dist.new_group(list(range(n)), timeout=patience) for n in SIZES}
+    while True:
+        function, args = pipe.recv()
+        try:
+            torch.manual_seed(0)
+            function(groups, rank, *args)
+            pipe.send(None)
+        except Exception:
+            pipe.send(traceback.format_exc())
