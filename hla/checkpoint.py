@@ -1,7 +1,8 @@
 """Model folders: written as a whole or not at all, and loaded with errors a user can read.
 
 A folder holds config.json, model.safetensors, the tokenizer's files and training.json (Hugging Face's layout), beside
-what the run logs there (metrics.jsonl, loss.png, tensorboard/).
+what the run keeps there (train.toml, metrics.jsonl, loss.png, tensorboard/, and checkpoints/, to go on from:
+:mod:`hla.training_state`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,22 +21,28 @@ import torch
 from safetensors import SafetensorError
 
 from hla.errors import HLAError
+from hla.train_config import RUN_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 TRAINING_FILE = "training.json"
 METRICS_FILE = "metrics.jsonl"
-LOGS = (METRICS_FILE, "loss.png", "tensorboard")  # live in the folder while it is replaced around them
+CHECKPOINTS = "checkpoints"
+# They live in the folder while it is replaced around them. The metrics come last: where they are, the others are.
+KEPT = (CHECKPOINTS, RUN_FILE, "loss.png", "tensorboard", METRICS_FILE)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """See that a run may write to ``folder``, without changing anything.
+    """See that a run may write to ``folder``, without changing anything in it.
 
     Raises:
         HLAError: it cannot be written, or holds something else (or an earlier run without ``overwrite``).
     """
     name = repr(str(folder))
+    if not (folder / METRICS_FILE).is_file():
+        with suppress(OSError):  # what cannot be written is told below
+            recover(folder)
     if folder.exists() and not folder.is_dir():
         raise HLAError(f"the output {name} is a file, not a folder")
     above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -45,21 +52,28 @@ def check_output(folder: Path, overwrite: bool) -> None:
         if not (folder / METRICS_FILE).is_file():
             raise HLAError(f"the output folder {name} holds other files; choose a new or empty one")
         if not overwrite:
-            raise HLAError(f"the output folder {name} holds an earlier run; add --overwrite to replace it")
+            raise HLAError(
+                f"the output folder {name} holds an earlier run; add --overwrite to replace it or --resume to go on "
+                "with it"
+            )
 
 
-def open_output(folder: Path, overwrite: bool) -> None:
-    """Make ``folder`` ready for a run: new, or emptied of an earlier run if ``overwrite``.
+def open_output(folder: Path, overwrite: bool, settings: str) -> None:
+    """Make ``folder`` ready for a run: new, or emptied of an earlier run if ``overwrite``; with its settings in it.
 
     Raises:
         HLAError: see :func:`check_output`.
     """
     check_output(folder, overwrite)
+    staging = _staging(folder)
     try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        (staging / RUN_FILE).write_text(settings, encoding="utf-8")
+        (staging / METRICS_FILE).touch()
         if folder.is_dir():
             shutil.rmtree(folder)
-        folder.mkdir(parents=True)
-        (folder / METRICS_FILE).touch()
+        os.rename(staging, folder)  # with all that says what it is, for a run that is killed now and resumed later
     except OSError as error:
         raise HLAError(f"cannot write to the output folder {str(folder)!r}: {error.strerror or error}") from error
 
@@ -76,6 +90,7 @@ def save_model(
     """
     staging = _staging(folder)
     try:
+        recover(folder)
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
         with _quiet():
@@ -85,15 +100,13 @@ def save_model(
         for path in [*staging.iterdir(), staging]:
             if path.name == "model.safetensors":  # written for its owner alone; let it be as readable as the others
                 shutil.copymode(staging / TRAINING_FILE, path)
-            _flush(path)
+            flush(path)
         if folder.is_dir():
             _exchange(staging, folder)
-            for name in LOGS:
-                if (staging / name).exists():
-                    os.rename(staging / name, folder / name)
+            _take_back(staging, folder)
         else:
             os.rename(staging, folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise HLAError(f"cannot save the model to {str(folder)!r}: {reason}") from error
@@ -121,7 +134,30 @@ def _staging(folder: Path) -> Path:
     return folder.absolute().parent / f".{folder.absolute().name}.saving"
 
 
-def _flush(path: Path) -> None:
+def _take_back(old: Path, folder: Path) -> None:
+    """Move what lives in ``folder`` there from its predecessor."""
+    for name in KEPT:
+        if (old / name).exists() and not (folder / name).exists():
+            os.rename(old / name, folder / name)
+
+
+def recover(folder: Path) -> None:
+    """Undo what a kill in the middle of :func:`save_model` can leave: logs and checkpoints in the old folder.
+
+    Raises OSError.
+    """
+    staging = _staging(folder)
+    spare = staging.with_suffix(".old")
+    if spare.is_dir() and not folder.exists():
+        os.rename(spare, folder)
+    for old in (staging, spare):
+        if old.is_dir() and folder.is_dir():
+            _take_back(old, folder)
+            shutil.rmtree(old)
+
+
+def flush(path: Path) -> None:
+    """Have a file or folder written to the disk. Raises OSError."""
     if sys.platform == "win32" and path.is_dir():
         return  # folders cannot be opened there
     descriptor = os.open(path, os.O_RDONLY)

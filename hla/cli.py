@@ -1,4 +1,4 @@
-"""The command ``hla``: train, evaluate, generate, inspect.
+"""The command ``hla``: train, tokenize, evaluate, generate, inspect.
 
 Only this file prints and exits. A wrong input ends in one sentence on standard error and exit status 1 (2 for options
 that do not parse), never in a traceback; HLA_DEBUG=1 shows the traceback too.
@@ -11,19 +11,23 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hla.errors import HLAError
+from hla.train_config import TrainConfig, resolve
 
+DEFAULT = TrainConfig()
 app = typer.Typer(
     name="hla",
-    help="Language models with Higher-order Linear Attention: train, evaluate, generate, inspect.",
+    help="Language models with Higher-order Linear Attention: train, tokenize, evaluate, generate, inspect.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -63,74 +67,118 @@ def _fail(sentence: str, error: BaseException, status: int = 1) -> None:
 @app.command(name="train")
 @_in_one_sentence
 def train_command(
+    context_: typer.Context,
     data: Annotated[
         list[str] | None,
-        typer.Argument(help='Text files, folders, globs or "-" (standard input); nothing: the built-in speeches.'),
+        typer.Argument(
+            help='Text files, folders, globs, "-" (standard input), hf:NAME (a dataset from Hugging Face) or folders '
+            "that hla tokenize made; nothing: the built-in speeches."
+        ),
     ] = None,
-    out: Annotated[str, typer.Option(help="Folder for the model, metrics and loss.png.")] = "runs/hla",
+    config: Annotated[Path | None, typer.Option(help="Settings in a TOML file; options given here win.")] = None,
+    out: Annotated[str, typer.Option(help="Folder for the model, metrics and loss.png.")] = DEFAULT.out,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
-    size: Annotated[str, typer.Option(help="tiny, small, base, medium or large.")] = "tiny",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in that folder; begin it if there is none.")
+    ] = False,
+    weights: Annotated[
+        str, typer.Option(metavar="W,W,...", help="Mix the sources: how often rows come from each, e.g. 0.7,0.3.")
+    ] = "",
+    size: Annotated[str, typer.Option(help="tiny, small, base, medium or large.")] = DEFAULT.size,
     attention: Annotated[
         str, typer.Option(help='"hla", "softmax", or a pattern repeated over the layers: "hla,hla,softmax".')
-    ] = "hla",
+    ] = DEFAULT.attention,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="NAME=VALUE", help='Model option, e.g. op=ahla or decay="token"; repeatable.'),
     ] = None,
-    tokenizer: Annotated[str, typer.Option(help='"bpe" (trained on the text) or "bytes".')] = "bpe",
-    vocab_size: Annotated[int, typer.Option(help="Token ids of the BPE.")] = 2048,
-    context: Annotated[int, typer.Option(help="Tokens per row.")] = 256,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = 1,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-3,
+    tokenizer: Annotated[str, typer.Option(help='"bpe" (trained on the text) or "bytes".')] = DEFAULT.tokenizer,
+    vocab_size: Annotated[int, typer.Option(help="Token ids of the BPE.")] = DEFAULT.vocab_size,
+    context: Annotated[int, typer.Option(help="Tokens per row.")] = DEFAULT.context,
+    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = DEFAULT.batch_size,
+    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = DEFAULT.accumulate,
+    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = DEFAULT.lr,
     steps: Annotated[int | None, typer.Option(help="Steps to train (1000 unless --minutes is given).")] = None,
     minutes: Annotated[float | None, typer.Option(help="Time to train; the schedule follows the clock.")] = None,
-    warmup: Annotated[float, typer.Option(help="Warm-up: below 1 a share of the run, from 1 on steps.")] = 0.02,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay, on matrices only.")] = 0.1,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = 1.0,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = 200,
-    save_every: Annotated[int, typer.Option(help="Steps between saves.")] = 1000,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = 0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32 or bfloat16.")] = "auto",
+    warmup: Annotated[
+        float, typer.Option(help="Warm-up: below 1 a share of the run, from 1 on steps.")
+    ] = DEFAULT.warmup,
+    weight_decay: Annotated[float, typer.Option(help="Weight decay, on matrices only.")] = DEFAULT.weight_decay,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = DEFAULT.clip,
+    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = DEFAULT.eval_every,
+    save_every: Annotated[int, typer.Option(help="Steps between saves.")] = DEFAULT.save_every,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep, the newest.")] = DEFAULT.keep,
+    max_skipped: Annotated[
+        int, typer.Option(help="End after so many steps in a row whose loss or gradient is not finite.")
+    ] = DEFAULT.max_skipped,
+    telemetry_every: Annotated[
+        int, typer.Option(help="Steps between measurements of the states and outputs of all layers.")
+    ] = DEFAULT.telemetry_every,
+    recompute: Annotated[
+        bool, typer.Option("--recompute/--no-recompute", help="Recompute activations: less memory, a third more time.")
+    ] = DEFAULT.recompute,
+    compile: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
+    ] = DEFAULT.compile,
+    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = DEFAULT.seed,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = DEFAULT.device,
+    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32 or bfloat16.")] = DEFAULT.dtype,
 ) -> None:
     """Train a model on text and save it as a Hugging Face model folder. Ctrl-C saves and ends."""
-    from hla.train import TrainConfig, train
+    from hla.train import train
 
-    config = TrainConfig(
-        data=tuple(data or ()),
-        out=out,
-        overwrite=overwrite,
-        size=size,
-        attention=attention,
-        model=dict(_setting(text) for text in set_ or ()),
-        tokenizer=tokenizer,
-        vocab_size=vocab_size,
-        context=context,
-        batch_size=batch_size,
-        accumulate=accumulate,
-        lr=lr,
-        steps=steps,
-        minutes=minutes,
-        warmup=warmup,
-        weight_decay=weight_decay,
-        clip=clip,
-        eval_every=eval_every,
-        save_every=save_every,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-    )
+    given = {name: value for name, value in context_.params.items() if _is_given(context_, name)}
+    given.pop("config", None)
+    if "data" in given:
+        given["data"] = tuple(given["data"])
+    if "weights" in given:
+        given["weights"] = _numbers("--weights", weights)
+    if "set_" in given:
+        given["model"] = dict(_setting(text) for text in given.pop("set_"))
+    settings = resolve(given, config)
     console = Console(stderr=True)
-    result = train(config, console)
+    result = train(settings, console)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     rate = result.tokens / max(result.seconds, 1e-9)
     say(f"{result.steps} steps, {result.tokens:,} tokens in {result.seconds:.0f} s ({rate:,.0f} tokens/s).")
     if result.stopped_by is not None:
-        what = f"the model is in {out!r}" if result.steps else "before the first step; no model was saved"
-        say(f"Stopped by {result.stopped_by.name}: {what}.")
+        what = f"the model is in {settings.out!r}" if result.steps else "before the first step; no model was saved"
+        say(f"Stopped by {result.stopped_by.name}: {what}. --resume goes on.")
         raise typer.Exit(128 + result.stopped_by)
-    say(f"The model is in {out!r}, its loss curve in {str(Path(out) / 'loss.png')!r}.")
+    say(f"The model is in {settings.out!r}, its loss curve in {str(Path(settings.out) / 'loss.png')!r}.")
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option or argument stands on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise HLAError(f"{option} takes numbers with commas between them, not {text!r}") from error
+
+
+@app.command(name="tokenize")
+@_in_one_sentence
+def tokenize_command(
+    data: Annotated[list[str], typer.Argument(help="Text files, folders, globs or hf:NAME.")],
+    out: Annotated[Path, typer.Option(help="Folder to make, for hla train.")],
+    tokenizer: Annotated[
+        str, typer.Option(help='"bpe" (trained on the text), "bytes", or a folder that has one.')
+    ] = DEFAULT.tokenizer,
+    vocab_size: Annotated[int, typer.Option(help="Token ids of the BPE.")] = DEFAULT.vocab_size,
+    seed: Annotated[int, typer.Option(help="Seed of the split.")] = DEFAULT.seed,
+) -> None:
+    """Tokenize text of any size once, into a folder that training maps into memory."""
+    from hla.token_files import build_tokens
+
+    console = Console(stderr=True)
+    built = build_tokens(data, out, tokenizer=tokenizer, vocab_size=vocab_size, seed=seed, console=console)
+    for line in (built.description, f"The tokens are in {str(out)!r}: hla train {out}"):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -214,20 +262,36 @@ def evaluate_command(
 @_in_one_sentence
 def generate_command(
     model: Annotated[str, typer.Argument(help="Model folder.")],
-    prompt: Annotated[str | None, typer.Argument(help='Text to go on from; "-" or nothing: standard input.')] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help='Text to go on from; "-" or nothing: standard input (with --load-state nothing is no text).'
+        ),
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="Read the prompt from this file.")] = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to write.")] = 200,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to write (0, with --save-state: only read).")] = 200,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens that hold this share.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
     seed: Annotated[int | None, typer.Option(help="Makes the draw repeatable.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")] = None,
+    load_state: Annotated[
+        Path | None, typer.Option(help="Go on from this state: the prompt, if any, follows what the state has read.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(help="Save the state after everything read and written to this file.")
+    ] = None,
+    snapshots: Annotated[
+        int | None, typer.Option(help="Also save it at every so many tokens, to files named FILE.000004096.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Write text that goes on from a prompt, token by token."""
     from hla.checkpoint import load_model
-    from hla.generate import TextDecoder, check_sampling, prompt_ids, stream
+    from hla.generate import Snapshots, TextDecoder, check_sampling, prompt_ids, read, stream
+    from hla.models import HLACache, HLAPreTrainedModel
+    from hla.models.state_file import check_writable
     from hla.train import choose_device
 
     sampling: dict[str, Any] = {
@@ -236,24 +300,62 @@ def generate_command(
         "top_k": top_k,
         "top_p": top_p,
     }
-    check_sampling(**sampling)
-    text = _prompt(prompt, file)
+    only_read = max_tokens == 0 and save_state is not None
+    no_prompt = load_state is not None and prompt is None and file is None
+    check_sampling(**{**sampling, "max_tokens": 1} if only_read else sampling)
+    if snapshots is not None and save_state is None:
+        raise HLAError("--snapshots needs --save-state, which names their files")
+    if snapshots is not None and snapshots < 1:
+        raise HLAError(f"--snapshots must be at least 1, not {snapshots}")
+    if no_prompt and only_read:
+        raise HLAError("--load-state with --max-tokens 0 and no prompt does nothing")
+    if save_state is not None:
+        check_writable(save_state)
+    text = "" if no_prompt else _prompt(prompt, file)
+
     loaded, tokenizer, _ = load_model(model, choose_device(device))
-    ids = prompt_ids(tokenizer, text)
+    config: Any = loaded.config
+    cache: Any = None
+    if (load_state or save_state) and not isinstance(loaded, HLAPreTrainedModel):
+        raise HLAError(f"only HLA models have states in files; the model in {model!r} is of another kind")
+    if load_state is not None:
+        cache = HLACache.load(load_state, loaded)
+        if no_prompt and cache.next_logits is None:
+            raise HLAError(f"the state file {str(load_state)!r} does not say what comes next: give a prompt")
+    elif save_state is not None:
+        cache = HLACache(config)
+    ids = [] if no_prompt else prompt_ids(tokenizer, text, begins=load_state is None)
     decoder = TextDecoder(tokenizer, stop or ())
-    _write(text)
+    kept = None if snapshots is None else Snapshots(snapshots, keep=None, files=save_state)
     begin = time.monotonic()
-    first, count = begin, 0
-    for token in stream(loaded, ids, seed=seed, **sampling):
-        count += 1
-        first = time.monotonic() if count == 1 else first
+    token = last = None
+    count = 0
+    with _reading(len(ids)) as progress:
+        if only_read:
+            read(loaded, ids, cache=cache, snapshots=kept, progress=progress)
+        else:
+            if progress is None:  # a bar needs the line for itself
+                _write(text)
+            tokens = stream(loaded, ids, seed=seed, cache=cache, snapshots=kept, progress=progress, **sampling)
+            token = next(tokens)
+    first = time.monotonic()
+    if progress is not None and not only_read:
+        _write(text)
+    while token is not None:
+        count, last = count + 1, token
         _write(decoder.feed(token))
-        if decoder.stopped:
-            break
-    _write(decoder.close() + "\n")
+        token = None if decoder.stopped else next(tokens, None)
+    if not only_read:
+        _write(decoder.close() + "\n")
     now = time.monotonic()
     rate = f", then {(count - 1) / (now - first):,.1f} tokens/s" if count > 1 else ""
     print(f"[{len(ids)} prompt tokens in {first - begin:.2f} s{rate}; {count} tokens]", file=sys.stderr)
+    if save_state is not None:
+        if last is not None:
+            read(loaded, [last], cache=cache, snapshots=kept)
+        cache.save(save_state, loaded)
+        seen, size = int(cache.get_seq_length()), save_state.stat().st_size
+        print(f"[state after {seen:,} tokens in {str(save_state)!r}, {size:,} bytes]", file=sys.stderr)
 
 
 @app.command(name="inspect")
@@ -273,6 +375,20 @@ def inspect_command(
     content = read_documents([text])[0].text
     path = inspect_model(model, content, out, tokens=tokens, device=choose_device(device))
     print(f"The page is in {str(path)!r}; any browser shows it.", file=sys.stderr)
+
+
+@contextmanager
+def _reading(tokens: int) -> Iterator[Callable[[int], None] | None]:
+    """A bar on standard error while a long prompt is read; None for a short one, or where nobody watches."""
+    from hla.generate import PIECE
+
+    if tokens <= 2 * PIECE or not sys.stderr.isatty():
+        yield None
+        return
+    columns = (TextColumn("reading"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading", total=tokens)
+        yield lambda done: bar.update(task, completed=done)
 
 
 def _write(text: str) -> None:

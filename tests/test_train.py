@@ -24,12 +24,12 @@ from hla.errors import HLAError
 from hla.evaluate import evaluate, windows
 from hla.train import (
     TrainConfig,
-    batches_of_step,
     build_model,
     build_optimizer,
     layer_types,
     learning_rate,
     prepare,
+    step_batches,
     train,
     train_step,
 )
@@ -206,7 +206,7 @@ def test_steps_walk_through_all_epochs(corpus, tmp_path):
     config = micro_config(corpus, tmp_path, accumulate=3)
     stream = prepare(config).train
     per_epoch = stream.steps_per_epoch(config.batch_size, config.context)
-    walked = [b.input_ids for step in range(per_epoch) for b in batches_of_step(stream, config, step)]
+    walked = [b.input_ids for step in range(per_epoch) for b in step_batches(stream, config, step)]
     expected = [
         stream.batch(epoch, step, rows=config.batch_size, context=config.context, seed=config.seed).input_ids
         for epoch in range(3)
@@ -286,15 +286,6 @@ def test_a_time_budget_ends_the_run_with_the_schedule(corpus, tmp_path, monkeypa
     assert max(rates) > 0.8e-3 and rates[-1] < 0.2e-3
 
 
-def test_a_diverged_run_stops_and_keeps_the_last_good_model(corpus, tmp_path, monkeypatch):
-    real = hla.train.train_step
-    calls = iter(range(100))
-    monkeypatch.setattr(hla.train, "train_step", lambda *a, **k: (math.nan, 1.0) if next(calls) == 5 else real(*a, **k))
-    with pytest.raises(HLAError, match=r"step 6 the loss is nan.*model of step 4 is in"):
-        train(micro_config(corpus, tmp_path / "run", steps=10, save_every=2))
-    assert load_model(tmp_path / "run")[2]["steps"] == 4
-
-
 def test_an_earlier_run_is_only_replaced_when_asked_to(corpus, tmp_path):
     out = tmp_path / "run"
     train(micro_config(corpus, out, steps=2))
@@ -302,7 +293,7 @@ def test_an_earlier_run_is_only_replaced_when_asked_to(corpus, tmp_path):
         train(micro_config(corpus, out, steps=1))
     assert load_model(out)[2]["steps"] == 2
     train(micro_config(corpus, out, steps=1, overwrite=True))
-    assert load_model(out)[2]["steps"] == 1 and len(records(out)) == 2
+    assert load_model(out)[2]["steps"] == 1 and {r["step"] for r in records(out)} == {1}
     other = tmp_path / "other"
     other.mkdir()
     (other / "thesis.txt").write_text("precious")
@@ -363,7 +354,7 @@ hla.checkpoint.save_model(hla.checkpoint.Path(sys.argv[1]), micro_model(hidden_s
 """
 
 
-@pytest.mark.parametrize("at, name", [(0, "_flush"), (3, "_flush"), (0, "_exchange")])
+@pytest.mark.parametrize("at, name", [(0, "flush"), (3, "flush"), (0, "_exchange")])
 def test_a_kill_while_saving_leaves_the_old_model(at, name, saved):
     folder, version = saved
     code = subprocess.run([sys.executable, "-c", NEW, str(folder), str(at), name], cwd=Path(__file__).parents[1])
