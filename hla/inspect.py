@@ -164,7 +164,8 @@ def watch(mixer: nn.Module, kept: Record) -> Iterator[None]:
 
     def operate(q: Tensor, k: Tensor, v: Tensor, options: Any, *others: Any) -> Any:
         result = original(q, k, v, options, *others)
-        if linear:
+        if isinstance(mixer, HigherOrderLinearAttention):
+            options = mixer._operator_options(options)  # (with order and scale)
             # (a coefficient per head is a view of its parameter, even where no gradients are kept)
             kept.options = {n: x.detach() if isinstance(x, Tensor) else x for n, x in options.items()}
             kept.q, kept.k, kept.v, kept.o = q, k, v, result[0]

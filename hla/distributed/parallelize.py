@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,23 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from hla.distributed.sequence import SequenceParallel
-from hla.distributed.tensor_parallel import TensorParallel, check_heads, spread_heads
+from hla.distributed.tensor_parallel import Cut, check_heads, spread_heads
 from hla.models.modeling_hla import HLABlock, HLAModel, HLAPreTrainedModel
 
 DIMS = ("dp", "sp", "tp")
+
+
+@dataclass
+class Placement:
+    """What a model remembers of how it is spread (its attribute ``placement``).
+
+    shards: the ranks over which FSDP shards each parameter. heads: those that have the other heads, None without tp.
+    cuts: how the parameters are cut that are spread over heads, by their names in the model.
+    """
+
+    shards: dist.ProcessGroup
+    heads: dist.ProcessGroup | None
+    cuts: dict[str, Cut]
 
 
 def parallelize_hla(
@@ -71,13 +85,11 @@ def parallelize_hla(
 
     if sizes["sp"] > 1:
         model.set_sequence_parallel(SequenceParallel(mesh["sp"]))
-    parallel = TensorParallel()
-    if sizes["tp"] > 1:
-        group = mesh["tp"].get_group()
-        parallel = TensorParallel(group, spread_heads(blocks, group))
-    model.tensor_parallel = parallel
-
+    heads = mesh["tp"].get_group() if sizes["tp"] > 1 else None
     shards = _shard_mesh(mesh)
+    cuts = {} if heads is None else spread_heads(blocks, heads)
+    setattr(model, "placement", Placement(shards.get_group(), heads, cuts))  # noqa: B010 (a model declares no such name)
+
     whole = MixedPrecisionPolicy(reduce_dtype=reduce_dtype)
     policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
     for _, block in blocks:
@@ -158,11 +170,11 @@ def _matrices(block: HLABlock) -> list[nn.Module]:
     return [module for module in block.modules() if isinstance(module, nn.Linear)]
 
 
-def _parallel_of(model: nn.Module) -> TensorParallel:
-    parallel = getattr(model, "tensor_parallel", None)
-    if not isinstance(parallel, TensorParallel):
+def _placement_of(model: nn.Module) -> Placement:
+    placement = getattr(model, "placement", None)
+    if not isinstance(placement, Placement):
         raise ValueError("model must come from parallelize_hla")
-    return parallel
+    return placement
 
 
 @torch.no_grad()
@@ -178,7 +190,7 @@ def clip_grad_norm(model: HLAPreTrainedModel, max_norm: float) -> Tensor:
     Raises:
         ValueError: the model does not come from `parallelize_hla`, or max_norm is not positive.
     """
-    parallel = _parallel_of(model)
+    placement = _placement_of(model)
     if not max_norm > 0 or math.isnan(max_norm):
         raise ValueError(f"max_norm must be positive, got {max_norm}")
     for module in model.modules():
@@ -189,11 +201,10 @@ def clip_grad_norm(model: HLAPreTrainedModel, max_norm: float) -> Tensor:
     device = next(model.parameters()).device
     squares = torch.zeros(2, device=device)  # of pieces, and of copies
     for name, g in local:
-        squares[0 if name in parallel.cuts else 1] += g.float().square().sum()
-    for group in {p.device_mesh.get_group() for p in model.parameters() if isinstance(p, DTensor)}:
-        dist.all_reduce(squares, group=group)
-    if parallel.group is not None:
-        dist.all_reduce(squares[:1], group=parallel.group)
+        squares[0 if name in placement.cuts else 1] += g.float().square().sum()
+    dist.all_reduce(squares, group=placement.shards)
+    if placement.heads is not None:
+        dist.all_reduce(squares[:1], group=placement.heads)
     norm = squares.sum().sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for _, g in local:
@@ -211,21 +222,21 @@ def full_state_dict(model: HLAPreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: the model does not come from `parallelize_hla`.
     """
-    parallel = _parallel_of(model)
+    placement = _placement_of(model)
     result = {}
-    for name, whole in _gathered(model, parallel):
+    for name, whole in _gathered(model, placement):
         if dist.get_rank() == 0:
             result[name] = whole.cpu().clone()
     return result
 
 
 @torch.no_grad()
-def _gathered(model: nn.Module, parallel: TensorParallel) -> Iterator[tuple[str, Tensor]]:
+def _gathered(model: nn.Module, placement: Placement) -> Iterator[tuple[str, Tensor]]:
     for name, x in model.state_dict().items():
         x = x.full_tensor() if isinstance(x, DTensor) else x
-        cut = parallel.cuts.get(name)
-        if cut is not None and parallel.group is not None:
-            pieces = [torch.empty_like(x) for _ in range(parallel.size)]
-            dist.all_gather(pieces, x.contiguous(), group=parallel.group)
+        cut = placement.cuts.get(name)
+        if cut is not None and placement.heads is not None:
+            pieces = [torch.empty_like(x) for _ in range(placement.heads.size())]
+            dist.all_gather(pieces, x.contiguous(), group=placement.heads)
             x = cut.join(pieces)
         yield name, x

@@ -9,7 +9,7 @@ of q, k and v is one matrix ``[q | k | v | p]`` of which a rank keeps a piece of
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -39,18 +39,6 @@ class Cut:
         sizes = [section // len(pieces) for section in self.sections]
         parts = zip(*(piece.split(sizes, self.dim) for piece in pieces), strict=True)
         return torch.cat([x for part in parts for x in part], self.dim)
-
-
-@dataclass
-class TensorParallel:
-    """What a model remembers of its tensor parallelism: the group, and the cut of each parameter that is spread."""
-
-    group: dist.ProcessGroup | None = None
-    cuts: dict[str, Cut] = field(default_factory=dict)
-
-    @property
-    def size(self) -> int:
-        return 1 if self.group is None else self.group.size()
 
 
 class _Broadcast(torch.autograd.Function):

@@ -96,7 +96,7 @@ def compare(model, mesh, truth, single, rank, case):
 def evaluate(model, single, mesh, case):
     """Copies of a parameter are copies, to the bit; and the loss of a batch that all ranks have whole."""
     for name, parameter in model.named_parameters() if "tp" in mesh.mesh_dim_names else ():
-        if name not in model.tensor_parallel.cuts:
+        if name not in model.placement.cuts:
             mine = parameter.to_local().contiguous()
             copies = [torch.empty_like(mine) for _ in range(mesh["tp"].size())]
             dist.all_gather(copies, mine, group=mesh["tp"].get_group())
@@ -164,7 +164,7 @@ def test_activation_checkpointing(run):
 
 
 def test_compilation(run):
-    """(Inside checkpointing, with the graph breaks of sequence parallelism and the collectives of tensor parallelism.)"""
+    """Inside checkpointing, and with the collectives of tensor parallelism in the graph."""
     run(check_checkpointing, (1, 2, 2), "aot_eager")
 
 
@@ -174,7 +174,9 @@ def check_mixed_precision(groups, rank):
     mesh = init_device_mesh("cpu", (1, 2, 2), mesh_dim_names=("dp", "sp", "tp"))
     model = parallelize_hla(start, mesh, param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     used, block = {}, model.model.layers[1]
-    block.mixer.qkv_proj.register_forward_hook(lambda *_: used.update({n: p.dtype for n, p in block.named_parameters()}))
+    block.mixer.qkv_proj.register_forward_hook(
+        lambda *_: used.update({n: p.dtype for n, p in block.named_parameters()})
+    )
     model.lm_head.register_forward_hook(lambda m, *_: used.update({"lm_head": m.weight.dtype}))
     found = train(model, mesh, 3)
     for x, y in zip(found, truth, strict=True):
