@@ -133,6 +133,9 @@ def test_rates_are_the_measured_ones():
     longer = rates.mixer("hla_q", LARGE, 65536), rates.mixer("softmax", LARGE, 65536)
     assert longer[0][1] == pytest.approx(2 * measured["hla_q default form"][1])
     assert longer[1][1] == pytest.approx(4 * measured["sdpa cudnn"][1])
+    peak = next(float(r["peak_mib"]) for r in rows if r["operator"] == "hla_q default form") * 2**20 / 32768
+    assert rates.working_bytes(LARGE) == pytest.approx(peak)
+    assert rates.working_bytes(formulas.config_of("medium")) == pytest.approx(peak / 2)
     for size in ("base", "medium", "large"):  # a prompt takes what it took
         config, (length, seconds) = formulas.config_of(size), rates.prompts[size]
         block = block_products(config) * length / rates.matmul + rates.mixer("hla_q", config, length)[0]
@@ -212,6 +215,11 @@ def test_the_page_has_the_formulas():
     assert value("HLA, per layer") == formulas.hla_layer(c, n).all_gather
     assert value("Ulysses, per layer") == formulas.ulysses_layer(c, n, n * names["t"]).total
     assert value("ring attention, per layer") == formulas.ring_layer(c, n, n * names["t"]).total - 4 * n * 5 * 4 * 16
+    matrices, others, root = (
+        formulas.numbers(f(c), 4) for f in (formulas.layer_matrices, formulas.layer_others, formulas.root_shapes)
+    )
+    names |= {"M": matrices, "S": others, "P_root": root}  # padded
+    assert value("FSDP2, per step") == formulas.fsdp_step(c, 4).all_gather
     assert value("summaries kept") == formulas.fold_bytes(c, n)
     assert value("parameters, gradients, AdamW") == 16 * formulas.parameters(c) / 4
 
