@@ -15,7 +15,7 @@ PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs_and_the_loss_falls(tmp_path):
-    (snippet,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (snippet,) = re.findall(r"```python\n(# train\.py.*?)```", PAGE, re.DOTALL)
     script = tmp_path / "train.py"
     script.write_text(snippet, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
