@@ -20,7 +20,7 @@ def test_the_example_runs_and_the_loss_falls(tmp_path):
     script.write_text(snippet, encoding="utf-8")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     losses = [float(x) for x in re.findall(r"loss ([\d.]+)", run.stdout)]
     assert len(losses) == 3 and losses[0] > losses[1] > losses[2], run.stdout
