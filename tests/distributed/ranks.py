@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import traceback
 from datetime import timedelta
 from multiprocessing import get_context
+from pathlib import Path
 
+ROOT = Path(__file__).parents[2]
 SIZES = (1, 2, 4)
 TIMEOUT = 300  # seconds for one function on all ranks, on a busy machine too; half of that for one collective
 MODULES = ["hla.models", "hla.distributed", "tests.ops.cases"]
+
+
+def run_snippet(page: str, first_line: str, processes: int, folder: Path) -> list[float]:
+    """The losses that the Python block of a page with this first line prints under torchrun, started in a folder."""
+    (snippet,) = re.findall(rf"```python\n({re.escape(first_line)}.*?)```", page, re.DOTALL)
+    script = folder / "snippet.py"
+    script.write_text(snippet, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path}
+    run = subprocess.run(
+        [*torchrun, script], cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    assert run.returncode == 0, run.stderr
+    return [float(x) for x in re.findall(r"loss ([\d.]+)", run.stdout)]
 
 
 class Ranks:

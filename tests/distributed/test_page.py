@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parents[2]
+from tests.distributed.ranks import ROOT, run_snippet
+
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 
 
 def test_the_example_runs_and_the_loss_falls(tmp_path):
-    (snippet,) = re.findall(r"```python\n(# train\.py.*?)```", PAGE, re.DOTALL)
-    script = tmp_path / "train.py"
-    script.write_text(snippet, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", run.stdout)]
-    assert len(losses) == 3 and losses[0] > losses[1] > losses[2], run.stdout
+    losses = run_snippet(PAGE, "# train.py", 2, tmp_path)
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2], losses
     assert abs(losses[0] - torch.tensor(100.0).log()) < 0.3  # a model that knows nothing of 100 tokens
 
 

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,9 +14,9 @@ from torch.distributed.tensor import DTensor
 
 import hla
 from hla.distributed import clip_grad_norm, full_state_dict, parallelize_hla, shard_sequence
+from tests.distributed.ranks import ROOT, run_snippet
 from tests.ops.cases import assert_close
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "distributed.md").read_text(encoding="utf-8")
 MESHES = [(4, 1, 1), (2, 2, 1), (1, 2, 2), (2, 1, 2), (1, 4, 1), (1, 1, 4)]
 STEPS, ROWS, LENGTH, VOCAB = 5, 4, 32, 37
@@ -287,17 +282,8 @@ def test_refusals(run):
 
 
 def test_the_example_runs_and_its_folder_is_a_model(tmp_path):
-    (snippet,) = re.findall(r"```python\n(# spread\.py.*?)```", PAGE, re.DOTALL)
-    script = tmp_path / "spread.py"
-    script.write_text(snippet, encoding="utf-8")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4", str(script)]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    losses = [float(x) for x in re.findall(r"loss ([\d.]+)", run.stdout)]
-    assert len(losses) == 3 and losses[0] > losses[1] > losses[2], run.stdout
+    losses = run_snippet(PAGE, "# spread.py", 4, tmp_path)
+    assert len(losses) == 3 and losses[0] > losses[1] > losses[2], losses
     model = hla.HLAForCausalLM.from_pretrained(tmp_path / "spread")
     torch.manual_seed(0)
     hla.HLAForCausalLM(model.config)  # draws what the script drew before its batch

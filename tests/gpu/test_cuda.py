@@ -15,14 +15,6 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 SOME = [(n, o) for n, o in CASES if o in ("plain", "g", "g,p=k,per token", "value_ridge,value_gain")]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("name,option", SOME)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 2e-5), (torch.bfloat16, 1e-2)])
 def test_outputs_and_gradients_equal_the_float64_truth(name, option, dtype, tolerance):

@@ -21,14 +21,6 @@ OPTIONS = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _exact_float32():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def make_model(dtype=torch.float32, **options):
     torch.manual_seed(0)
     config = hla.HLAConfig(
