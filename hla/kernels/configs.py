@@ -53,26 +53,24 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
 
 
 class QuerySideConfig(NamedTuple):
-    """For the kernels of `query_side`: rows of a chunk, then warps and stages where they differ from 4 and 1."""
+    """For the kernels of `query_side`: rows of a chunk, stages of the load pipelines, and whether `adjoint` loads ahead;
+    warps are 4."""
 
     chunk: int = 64
-    solve_warps: int = 4
-    adjoint_warps: int = 4
-    adjoint_stages: int = 1
+    adjoint_ahead: int = 1
     states_stages: int = 3
-    within_stages: int = 2
-    fold_warps: int = 8
-    fold_stages: int = 3
+    moments_stages: int = 4
+    fold_stages: int = 2
 
 
 @functools.cache
 def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> QuerySideConfig:
     """For the kernels of `query_side`."""
     if wide:
-        return QuerySideConfig(chunk=32, states_stages=1, within_stages=1, fold_stages=1)
+        return QuerySideConfig(chunk=32, adjoint_ahead=0, states_stages=1, moments_stages=1, fold_stages=1)
     if little_memory(capability):
-        return QuerySideConfig(chunk=32, states_stages=2, within_stages=1, fold_stages=1)
-    return QuerySideConfig(fold_warps=8 if key > 64 else 4)
+        return QuerySideConfig(chunk=32, states_stages=2, moments_stages=2, fold_stages=1)
+    return QuerySideConfig()
 
 
 def little_memory(capability: tuple[int, int]) -> bool:

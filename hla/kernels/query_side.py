@@ -7,7 +7,7 @@ readings of the same states (`adjoint`),
 
     u_n = y_n / theta_n,    y_{n-1} = y_n - S u_n - ridge u_n,    dq = y_0 / theta_0 + sum_n u_n,
 
-and one reversed walk with the moment that all readings share (`fold`):
+and one reversed walk of a moment that all readings share (`moments`), read chunk by chunk (`fold`):
 
     dk_t = G_t k_t + 2 m_t k_t,   G_t = -sum_{s>=t} exp(c_s - c_t) sum_n (u_n x_{n-1}^T + x_{n-1} u_n^T)_s,
     m_t = sum_{s>=t} exp(c_s - c_t) dtrace_s.
@@ -25,7 +25,7 @@ from hla.kernels.configs import block, device_config, query_side_config
 from hla.kernels.launch import launch
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import accumulate, operand, read, sum_heads
-from hla.kernels.query_side_kernels import adjoint, fold, per_token, solve, states, within
+from hla.kernels.query_side_kernels import adjoint, fold, moments, per_token, solve, states
 from hla.kernels.segments import cut, cut_every, enter, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
@@ -84,22 +84,20 @@ def _common(s: _Sizes, q: Tensor, k: Tensor, g: Tensor | None, ridge: Tensor, no
         D=s.K, C=s.config.chunk, BK=block(s.K), BLOCKS=s.blocks, GATED=g is not None, OPERAND=s.operand,
         PRECISION=s.precision,
     )  # fmt: skip
-    return (*sizes, *strides, q.numel() // s.K), compile_time
+    return (*sizes, *strides), compile_time
 
 
-def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces, readings: int, keep: bool) -> Tensor:
-    """x after so many readings ``[B, T, HQ, K]``, or (keep) all of them ``[readings + 1, B, T, HQ, K]``."""
-    shape = (s.B, s.T, s.HQ, s.K)
-    out = s.new(*((readings + 1, *shape) if keep else shape), dtype=s.dtype)
+def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces) -> Tensor:
+    """x after all readings ``[B, T, HQ, K]``."""
+    x = s.new(s.B, s.T, s.HQ, s.K, dtype=s.dtype)
     sizes, compile_time = _common(s, q, k, g, ridge, nodes)
     if q.numel():
         launch(
             solve, s.chunks.slots * s.HQ,
-            q, k, g, ridge, nodes, all_states, traces, out if keep else None, None if keep else out,
-            s.chunks.table, *sizes, READINGS=readings, **compile_time, warps=s.config.solve_warps,
-            stages=1,
+            q, k, g, ridge, nodes, all_states, traces, x, s.chunks.table, *sizes,
+            ORDER=s.order, **compile_time, warps=4, stages=1,
         )  # fmt: skip
-    return out
+    return x
 
 
 def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -108,7 +106,7 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: boo
     order = nodes.shape[-1] - 1
     s = _Sizes(q, k, cu_seqlens, order)
     all_states, traces, S_final = _run_states(s, k, g, S, final)
-    x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces, order, keep=False)
+    x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces)
     del all_states
     done = read(x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, final=final, out_dtype=v.dtype)
     return [done.o, *(y for y in (S_final, done.final) if y is not None)], [x] if keep else []
@@ -156,36 +154,28 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
 
     # The readings of S.
     all_states, traces, _ = _run_states(s, k, g, S, final=False)
-    xs = _run_solve(s, q, k, g, ridge, nodes, all_states, traces, order - 1, keep=True)
-    us = torch.empty_like(xs)
+    tokens = s.B * s.T * heads
+    xs, us = (s.new(order, *q.shape, dtype=s.dtype) for _ in range(2))
     dq = s.new(*q.shape, dtype=q.dtype)
-    dk = s.new(*q.shape)
     dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
     xsu, ux, uq = (s.new(order, s.B, s.T, heads) for _ in range(3))
-    own = s.new(s.B, s.T, heads) if gated else None
     dnodes = s.new(s.B, s.T, heads, order + 1)
     sizes, compile_time = _common(s, q, k, g, ridge, nodes)
     if q.numel():
         launch(
             adjoint, s.chunks.slots * heads,
             q, k, g, ridge, nodes, all_states, traces, xs, us, queries.o, dq, trace, yq, xsu, ux, uq,
-            s.chunks.table, *sizes, ORDER=order, **compile_time, warps=s.config.adjoint_warps,
-            stages=s.config.adjoint_stages,
+            s.chunks.table, *sizes, tokens, ORDER=order, **compile_time, AHEAD=s.config.adjoint_ahead, warps=4,
+            stages=1,
         )  # fmt: skip
         launch(
-            within, s.chunks.slots * heads,
-            k, g, xs, us, dk, own, s.chunks.table, *sizes[:5], *k.stride()[:3], s.B * s.T * heads,
-            ORDER=order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=gated, OPERAND=s.operand,
-            PRECISION=s.precision, warps=4, stages=s.config.within_stages,
-        )  # fmt: skip
-        n = dc.numel()
-        launch(
-            per_token, -(-n // 256),
-            ridge, nodes, trace, yq, xsu, ux, uq, dridge, dnodes, dtrace, dc, n, s.T, heads, *ridge.stride(),
+            per_token, -(-tokens // 256),
+            ridge, nodes, trace, yq, xsu, ux, uq, dridge, dnodes, dtrace, dc, tokens, s.T, heads, *ridge.stride(),
             *nodes.stride(), ORDER=order, N=256,
         )  # fmt: skip
     del all_states
-    out, dot = _run_fold(s, k, g, xs, us, dtrace, dk, keys.o, dS, group, gated)
+    entered, m, dS_initial = _run_moments(s, g, xs, us, dtrace, dS, group, needed[6])
+    out, dot, own = _run_fold(s, k, g, xs, us, entered, m, dtrace, keys.o, gated)
     dk = sum_heads(out, s.HKV)
     dg = None
     if gated:
@@ -204,7 +194,9 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     if P is not None and needed[7]:
         assert values.final is not None
         dP_initial = (values.final * scale).unflatten(1, (s.HKV, group)).sum(2).to(P.dtype)
-    found = [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), None, dP_initial, None]
+    if dS_initial is not None:
+        dS_initial = dS_initial.unflatten(1, (s.HKV, group)).sum(2).to(S.dtype)
+    found = [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial, None]
     return [x if need else None for x, need in zip(found, needed, strict=True)]
 
 
@@ -220,38 +212,57 @@ def _per_head(dstate: Tensor, group: int) -> Tensor:
     return y
 
 
-def _run_fold(s: _Sizes, k, g, xs, us, dtrace, dk, added, dS, group, wants_dot) -> tuple[Tensor, Tensor | None]:
-    """(gradient of k per head of q, the dots of k with what S has in it)."""
+def _run_moments(s: _Sizes, g, xs, us, dtrace, dS, group, wants_dS) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(the reversed moment that enters each chunk; m, likewise; the gradient of the initial S per head of q)."""
     heads, shape = s.HQ, s.segments
-    out = s.new(s.B, s.T, heads, s.K, dtype=k.dtype)
-    dot = s.new(s.B, s.T, heads) if wants_dot else None
+    entered = s.new(s.chunks.slots, heads, s.K, s.K, dtype=s.dtype)
+    traces = s.new(s.chunks.slots, heads)
+    dS_initial = s.new(shape.sequences, heads, s.K, s.K) if wants_dS else None
     enter_trace = None
     enter_state = None if dS is None else -_per_head(dS, group)
 
     def walked(leave, leave_trace, total) -> None:
-        if not k.numel():
-            return
         entering = None if leave is not None else enter_state
         launch(
-            fold, shape.slots * heads,
-            k, g, xs, us, dtrace, dk, added, out, dot, entering, enter_trace, leave, leave_trace, total,
-            shape.table, s.T, shape.segment, shape.per_sequence, heads, group,
-            heads // g.shape[2] if g is not None else 1, *k.stride()[:3],
-            *((0, 0, 0, 0) if entering is None else entering.stride()), s.B * s.T * heads,
-            ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K), GATED=g is not None,
-            SPLIT=shape.split, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.fold_warps,
-            stages=s.config.fold_stages,
+            moments, shape.slots * heads * s.blocks,
+            g, xs, us, dtrace, entering, enter_trace, entered, traces, leave, leave_trace, total,
+            None if leave is not None else dS_initial, shape.table, s.chunks.table, s.chunks.first,
+            s.T, shape.segment, shape.per_sequence, s.chunks.per_sequence, heads,
+            heads // g.shape[2] if g is not None else 1, *((0, 0, 0, 0) if entering is None else entering.stride()),
+            s.B * s.T * heads, ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K), BV=s.columns,
+            GATED=g is not None, SPLIT=shape.split, OPERAND=s.operand, PRECISION=s.precision, warps=4,
+            stages=s.config.moments_stages,
         )  # fmt: skip
 
+    if not xs.numel():
+        if dS_initial is not None:
+            dS_initial.zero_() if enter_state is None else dS_initial.copy_(-enter_state)
+        return entered, traces, dS_initial
     if shape.split:
-        moments, m = s.new(shape.slots, heads, s.K, s.K), s.new(shape.slots, heads)
+        leave, m = s.new(shape.slots, heads, s.K, s.K), s.new(shape.slots, heads)
         total = s.new(shape.slots, heads) if g is not None else None
-        walked(moments, m, total)
-        enter(moments, total, enter_state, shape, reverse=True)
+        walked(leave, m, total)
+        enter(leave, total, enter_state, shape, reverse=True)
         enter(m[..., None, None], total, None, shape, reverse=True)
-        enter_state, enter_trace = moments, m
+        enter_state, enter_trace = leave, m
     walked(None, None, None)
-    return out, dot
+    return entered, traces, dS_initial
+
+
+def _run_fold(s: _Sizes, k, g, xs, us, entered, traces, dtrace, added, gated):
+    """(gradient of k per head of q; the dots of k with what S has in it, and what a token has in them by itself)."""
+    heads = s.HQ
+    out = s.new(s.B, s.T, heads, s.K, dtype=k.dtype)
+    dot, own = (s.new(s.B, s.T, heads) if gated else None for _ in range(2))
+    if k.numel():
+        launch(
+            fold, s.chunks.slots * heads,
+            k, g, xs, us, entered, traces, dtrace, added, out, dot, own, s.chunks.table,
+            s.T, s.chunks.per_sequence, heads, heads // s.HKV, s.HKV // g.shape[2] if g is not None else 1,
+            *k.stride()[:3], s.B * s.T * heads, ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K),
+            GATED=g is not None, OPERAND=s.operand, PRECISION=s.precision, warps=4, stages=s.config.fold_stages,
+        )  # fmt: skip
+    return out, dot, own
 
 
 def run(call: Call) -> tuple[Tensor, State | None]:
@@ -274,6 +285,5 @@ def run(call: Call) -> tuple[Tensor, State | None]:
 
 
 def supports(call: Call) -> bool:
-    """Whether `run` does this call (it has no gradient for the initial S, and no large heads)."""
-    S = None if call.initial_state is None else call.initial_state[0]
-    return call.q.shape[-1] <= LARGEST and not (S is not None and S.requires_grad and torch.is_grad_enabled())
+    """Whether `run` does this call (it has no large heads)."""
+    return call.q.shape[-1] <= LARGEST

@@ -134,14 +134,37 @@ def _step(nodes, ridge, traces, live):
     return 1.0 / tl.where(live, ridge + node * traces, 1.0), node
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN, "tokens"])
+@triton.jit
+def _readings(
+    q, k, S, read, E, traces, live, in_k, ridge, nodes, n_n, XS, apart,
+    READINGS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``x_READINGS`` of a chunk in float32; with XS, the x before it go to XS, XS + apart, ..."""
+    step, _ = _step(nodes, ridge, traces, live)
+    x = q.to(tl.float32) * step[:, None]
+    for n in range(1, READINGS + 1):
+        xb = x.to(OPERAND)
+        if XS is not None:
+            tl.store(XS + (n - 1) * apart, xb.to(XS.dtype.element_ty), mask=in_k)
+        # x itself accumulates, from operands scaled ahead: y, apart from it, would take 64 more registers.
+        step, _ = _step(nodes + n * n_n, ridge, traces, live)
+        by = step[:, None]
+        scores = (tl.dot(xb, tl.trans(k), input_precision=PRECISION) * (-by * E)).to(OPERAND)
+        xb = (x * (-by * read[:, None])).to(OPERAND)
+        x = x * (1.0 - by * ridge[:, None]) + by * q.to(tl.float32)
+        x = tl.dot(xb, S, x, input_precision=PRECISION)
+        x = tl.dot(scores, k, x, input_precision=PRECISION)
+    return x
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN])
 def solve(
-    Q, K, G, RIDGE, NODES, STATES, TRACES, XS, X, SLOTS, length, per_sequence, heads, group, gg,
-    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n, tokens,
-    READINGS: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
+    Q, K, G, RIDGE, NODES, STATES, TRACES, X, SLOTS, length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
     GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """READINGS of one chunk and one head: the last x to X, or all of them to ``XS[0 .. READINGS]``."""
+    """All readings of one chunk and one head: ``x_ORDER`` to X."""
     h = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
     sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
@@ -157,28 +180,11 @@ def solve(
     q = tl.load(Q + batch * q_b + h * q_h + row * q_t + rows[:, None] * q_t + ck[None, :], mask=in_k, other=0.0)
     ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
     nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
-    first = ((batch * length + row) * heads + h) * D
-    out = rows[:, None] * (heads * D) + ck[None, :]
-    step, _ = _step(nodes, ridge, traces, live)
-    x = q.to(tl.float32) * step[:, None]
-    for n in range(1, READINGS + 1):
-        xb = x.to(OPERAND)
-        if XS is not None:
-            tl.store(
-                XS + ((n - 1) * (tl.cast(tokens, tl.int64) * D) + first) + out, xb.to(XS.dtype.element_ty), mask=in_k
-            )
-        # x itself accumulates, from operands scaled ahead: y, apart from it, would take 64 more registers.
-        step, _ = _step(nodes + n * n_n, ridge, traces, live)
-        by = step[:, None]
-        scores = (tl.dot(xb, tl.trans(k), input_precision=PRECISION) * (-by * E)).to(OPERAND)
-        xb = (x * (-by * read[:, None])).to(OPERAND)
-        x = x * (1.0 - by * ridge[:, None]) + by * q.to(tl.float32)
-        x = tl.dot(xb, S, x, input_precision=PRECISION)
-        x = tl.dot(scores, k, x, input_precision=PRECISION)
-    if XS is not None:
-        tl.store(XS + (READINGS * (tl.cast(tokens, tl.int64) * D) + first) + out, x.to(XS.dtype.element_ty), mask=in_k)
-    else:
-        tl.store(X + first + out, x.to(X.dtype.element_ty), mask=in_k)
+    x = _readings(
+        q, k, S, read, E, traces, live, in_k, ridge, nodes, n_n, None, 0, ORDER, OPERAND, PRECISION
+    )  # fmt: skip
+    out = ((batch * length + row) * heads + h) * D + (rows[:, None] * (heads * D) + ck[None, :])
+    tl.store(X + out, x.to(X.dtype.element_ty), mask=in_k)
 
 
 @triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN, "tokens"])
@@ -187,9 +193,10 @@ def adjoint(
     length, per_sequence, heads, group, gg,
     q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n, tokens,
     ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BLOCKS: tl.constexpr,
-    GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of ``x_order`` to that of q; ``u_n`` goes to ``US[n - 1]``.
+    """From the gradient of ``x_order`` to that of q, after the readings once more: ``x_n`` goes to ``XS[n]``, ``u_n``
+    to ``US[n - 1]``.
 
     For `per_token`: trace(S_t) to TRACE, ``y_0 . q`` to YQ, and to place n - 1 of XSU, UX and UQ the dots
     ``x_{n-1} . S u_n``, ``u_n . x_{n-1}`` and ``u_n . q``.
@@ -207,16 +214,23 @@ def adjoint(
     )  # fmt: skip
     row = tl.cast(start, tl.int64)
     token = (batch * length + row + rows) * heads + h
-    first = ((batch * length + row) * heads + h) * D
-    out = rows[:, None] * (heads * D) + ck[None, :]
+    out = ((batch * length + row) * heads + h) * D + (rows[:, None] * (heads * D) + ck[None, :])
+    apart = tl.cast(tokens, tl.int64) * D
     ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
     nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
     tl.store(TRACE + token, traces, mask=live)
-    y = tl.load(DX + first + out, mask=in_k, other=0.0).to(tl.float32)
-    for i in tl.range(0, ORDER, num_stages=2):  # (the next x is on its way while this one is used)
+    pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
+    x = _readings(
+        tl.load(pq, mask=in_k, other=0.0), k, S, read, E, traces, live, in_k, ridge, nodes, n_n, XS + out, apart,
+        ORDER - 1, OPERAND, PRECISION,
+    )  # fmt: skip
+    tl.store(XS + (ORDER - 1) * apart + out, x.to(XS.dtype.element_ty), mask=in_k)
+    tl.debug_barrier()  # what is read from now on was written by other threads
+    y = tl.load(DX + out, mask=in_k, other=0.0).to(tl.float32)
+    for i in tl.range(0, ORDER, num_stages=1 + AHEAD):  # (the next x is on its way while this one is used)
         n = ORDER - i
         step, _ = _step(nodes + n * n_n, ridge, traces, live)
-        at = (n - 1) * (tl.cast(tokens, tl.int64) * D) + first
+        at = (n - 1) * apart
         x = tl.load(XS + at + out, mask=in_k, other=0.0).to(tl.float32)
         by = step[:, None]
         ub = (y * by).to(OPERAND)
@@ -232,30 +246,119 @@ def adjoint(
         y = tl.dot(scores, k, y, input_precision=PRECISION)
         tl.store(XSU + to, before - tl.sum(x * y, 1), mask=live)
     step, _ = _step(nodes, ridge, traces, live)
-    pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
     q = tl.load(pq, mask=in_k, other=0.0).to(tl.float32)
     tl.store(YQ + token, tl.sum(q * y, 1), mask=live)
-    tl.debug_barrier()  # what is read now was written by other threads
+    tl.debug_barrier()
     dq = tl.zeros([C, BK], tl.float32)
-    for n in range(0, ORDER):
-        at = n * (tl.cast(tokens, tl.int64) * D) + first
-        u = tl.load(US + at + out, mask=in_k, other=0.0).to(tl.float32)
+    for n in tl.range(0, ORDER, num_stages=1 + 2 * AHEAD):
+        u = tl.load(US + n * apart + out, mask=in_k, other=0.0).to(tl.float32)
         dq += u
         tl.store(UQ + n * tl.cast(tokens, tl.int64) + token, tl.sum(u * q, 1), mask=live)
     dq += y * step[:, None]
-    tl.store(DQ + first + out, dq.to(DQ.dtype.element_ty), mask=in_k)
+    tl.store(DQ + out, dq.to(DQ.dtype.element_ty), mask=in_k)
+
+
+@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "chunks_per_sequence", "heads", "gg", "tokens"])
+def moments(
+    G, XS, US, DTRACE, ENTER, ENTER_TRACE, MOMENTS, TRACES, LEAVE, LEAVE_TRACE, TOTAL, DS, SLOTS, CHUNKS, FIRST,
+    length, segment, per_sequence, chunks_per_sequence, heads, gg, e_n, e_h, e_k, e_v, tokens,
+    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BV columns of the reversed moment ``N = sum x_{n-1} u_n^T``, and m, walked through a segment: what enters each chunk
+    from later ones goes to MOMENTS and TRACES, the gradient of the S that entered the sequence to DS.
+
+    With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
+    """
+    blocks: tl.constexpr = (D + BV - 1) // BV
+    block = tl.program_id(0) % blocks
+    h = (tl.program_id(0) // blocks) % heads
+    slot = tl.program_id(0) // (blocks * heads)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
+    if sequence < 0:
+        return
+    if SLOTS is None:
+        at_start = start == 0
+    else:
+        at_start = (tl.load(SLOTS + slot * 4 + 3) & 1) != 0
+    if LEAVE is not None:
+        if at_start:
+            return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    cv = block * BV + tl.arange(0, BV)
+    inside = (ck < D)[:, None] & (cv < D)[None, :]
+    at_state = ck[:, None] * D + cv[None, :]
+    state = tl.zeros([BK, BV], tl.float32)
+    m = 0.0
+    passed = 0.0
+    if ENTER is not None:
+        at = tl.cast(slot if SPLIT else sequence, tl.int64)
+        p = ENTER + at * e_n + h * e_h + ck[:, None] * e_k + cv[None, :] * e_v
+        state = tl.load(p, mask=inside, other=0.0).to(tl.float32)
+        if ENTER_TRACE is not None:
+            m = tl.load(ENTER_TRACE + at * heads + h)
+    if CHUNKS is None:
+        chunk = sequence * chunks_per_sequence + start // C
+    else:
+        first = tl.load(FIRST + sequence)
+        chunk = first + (start - tl.load(CHUNKS + first * 4 + 1)) // C
+    chunks = tl.cdiv(stop - start, C)
+    for j in range(0, chunks * ORDER):  # one loop, so that the loads of the next chunk are ahead too
+        n = j % ORDER
+        i = chunks - 1 - j // ORDER
+        t = start + i * C
+        live = t + rows < stop
+        row = tl.cast(t, tl.int64)
+        token = (batch * length + row + rows) * heads + h
+        at = n * (tl.cast(tokens, tl.int64) * D) + ((batch * length + row) * heads + h) * D
+        in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+        in_v = live[:, None] if D == blocks * BV else live[:, None] & (cv < D)[None, :]
+        x = tl.load(XS + at + (rows[:, None] * (heads * D) + ck[None, :]), mask=in_k, other=0.0).to(OPERAND)
+        u = tl.load(US + at + (rows[:, None] * (heads * D) + cv[None, :]), mask=in_v, other=0.0).to(OPERAND)
+        dtrace = tl.where(n == 0, tl.load(DTRACE + token, mask=live, other=0.0), 0.0)
+        if LEAVE is None:
+            if n == 0:
+                entered = tl.cast(chunk + i, tl.int64) * heads + h
+                tl.store(MOMENTS + entered * (D * D) + at_state, state.to(MOMENTS.dtype.element_ty), mask=inside)
+                if block == 0:
+                    tl.store(TRACES + entered, m)
+        if GATED:
+            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
+            weight = tl.exp2(c)
+            total = tl.where(n == 0, total, 0.0)
+            passed += total
+            rho = tl.exp2(total)
+            m = m * rho + tl.sum(dtrace * weight, 0)
+            state *= rho
+            u = (u.to(tl.float32) * weight[:, None]).to(OPERAND)
+        else:
+            m += tl.sum(dtrace, 0)
+        state = tl.dot(tl.trans(x), u, state, input_precision=PRECISION)
+    if LEAVE is not None:
+        at = tl.cast(slot, tl.int64) * heads + h
+        tl.store(LEAVE + at * (D * D) + at_state, state, mask=inside)
+        if block == 0:
+            tl.store(LEAVE_TRACE + at, m)
+            if TOTAL is not None:
+                tl.store(TOTAL + at, passed)
+    if DS is not None:
+        if at_start:
+            p = DS + (tl.cast(sequence, tl.int64) * heads + h) * (D * D) + at_state
+            tl.store(p, tl.where(ck[:, None] == cv[None, :], m, 0.0) - state, mask=inside)
 
 
 @triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", "tokens"])
-def within(
-    K, G, XS, US, DK, OWN, SLOTS, length, per_sequence, heads, group, gg, k_b, k_t, k_h, tokens,
+def fold(
+    K, G, XS, US, MOMENTS, TRACES, DTRACE, ADDED, OUT, DOT, OWN, SLOTS,
+    length, per_sequence, heads, group, gg, k_b, k_t, k_h, tokens,
     ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The part of k's gradient that comes from readings in the same chunk, to DK ``[B, T, heads, D]``.
+    """``dk = G k + 2 m k`` of a chunk, from later chunks and from readings inside it: OUT is dk and ADDED.
 
-    OWN gets what the dots of the gate's gradient hold of readings of a token by itself, which cancel there but for
-    their rounding.
+    DOT gets the dots of k with dk. OWN gets what the dots of the gate's gradient hold of readings of a token by itself,
+    which cancel there but for their rounding.
     """
     h = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
@@ -269,21 +372,33 @@ def within(
     in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
     pk = K + (batch * k_b + (h // group) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
     k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
+    at_chunk = tl.cast(slot, tl.int64) * heads + h
+    pm = MOMENTS + at_chunk * (D * D) + ck[:, None] * D + ck[None, :]
+    if D == BK:
+        moment = tl.load(pm).to(OPERAND)
+    else:
+        moment = tl.load(pm, mask=(ck < D)[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
+    token = (batch * length + row + rows) * heads + h
+    dtrace = tl.load(DTRACE + token, mask=live, other=0.0)
+    m = tl.load(TRACES + at_chunk)
     later = rows[:, None] <= rows[None, :]
+    dk = tl.dot(k, moment, input_precision=PRECISION)
+    dk = tl.dot(k, tl.trans(moment), dk, input_precision=PRECISION)
     if GATED:
-        c, _ = _decays(G, batch * length + row + rows, live, heads // group // gg, h // group // gg)
+        c, total = _decays(G, batch * length + row + rows, live, heads // group // gg, h // group // gg)
         E = tl.where(later, tl.exp2(c[None, :] - c[:, None]), 0.0)
+        dk *= tl.exp2(total - c)[:, None]
+        m = m * tl.exp2(total - c)
     else:
         E = tl.where(later, 1.0, 0.0)
-    first = ((batch * length + row) * heads + h) * D
-    out = rows[:, None] * (heads * D) + ck[None, :]
-    dk = tl.zeros([C, BK], tl.float32)
+    m += tl.sum(E * dtrace[None, :], 1)
+    out = ((batch * length + row) * heads + h) * D + (rows[:, None] * (heads * D) + ck[None, :])
     own = tl.zeros([C], tl.float32)
     same = rows[:, None] == rows[None, :]
     for n in range(0, ORDER):
-        at = n * (tl.cast(tokens, tl.int64) * D) + first
-        x = tl.load(XS + at + out, mask=in_k, other=0.0).to(OPERAND)
-        u = tl.load(US + at + out, mask=in_k, other=0.0).to(OPERAND)
+        at = n * (tl.cast(tokens, tl.int64) * D) + out
+        x = tl.load(XS + at, mask=in_k, other=0.0).to(OPERAND)
+        u = tl.load(US + at, mask=in_k, other=0.0).to(OPERAND)
         by_u = tl.dot(k, tl.trans(u), input_precision=PRECISION) * E
         dk = tl.dot(by_u.to(OPERAND), x, dk, input_precision=PRECISION)
         by_x = tl.dot(k, tl.trans(x), input_precision=PRECISION) * E
@@ -294,9 +409,14 @@ def within(
             x_own = tl.sum(tl.where(same, by_x, 0.0), 1)
             u_rounded = u_own.to(OPERAND).to(tl.float32)
             own += 0.5 * (u_rounded * x_own - x_own.to(OPERAND).to(tl.float32) * u_own)
-    tl.store(DK + first + out, -dk, mask=in_k)
+    kf = tl.load(pk, mask=in_k, other=0.0).to(tl.float32)
+    dk = 2.0 * m[:, None] * kf - dk
+    if DOT is not None:
+        tl.store(DOT + token, tl.sum(dk * kf, 1), mask=live)
     if OWN is not None:
-        tl.store(OWN + (batch * length + row + rows) * heads + h, own, mask=live)
+        tl.store(OWN + token, own, mask=live)
+    dk += tl.load(ADDED + out, mask=in_k, other=0.0).to(tl.float32)
+    tl.store(OUT + out, dk.to(OUT.dtype.element_ty), mask=in_k)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "heads", *PER_TOKEN])
@@ -336,92 +456,3 @@ def per_token(
     tl.store(DRIDGE + i, dridge, mask=live)
     tl.store(DTRACE + i, dtrace, mask=live)
     tl.store(DC + i, dc + dtrace * trace, mask=live)
-
-
-@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "heads", "group", "gg", "tokens"])
-def fold(
-    K, G, XS, US, DTRACE, DK, ADDED, OUT, DOT, ENTER, ENTER_TRACE, LEAVE, LEAVE_TRACE, TOTAL, SLOTS,
-    length, segment, per_sequence, heads, group, gg, k_b, k_t, k_h, e_n, e_h, e_k, e_v, tokens,
-    ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr,
-    GATED: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """The reversed moment ``N = sum x_{n-1} u_n^T`` walked through a segment, ``-G = N + N^T``: OUT is DK, the readings
-    of G and m, and ADDED; DOT gets the dots of k with all but ADDED.
-
-    With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
-    """
-    h = tl.program_id(0) % heads
-    slot = tl.program_id(0) // heads
-    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
-    if sequence < 0:
-        return
-    if LEAVE is not None:
-        if SLOTS is None:
-            if start == 0:
-                return
-        elif (tl.load(SLOTS + slot * 4 + 3) & 1) != 0:
-            return
-    rows = tl.arange(0, C)
-    ck = tl.arange(0, BK)
-    inside = (ck < D)[:, None] & (ck < D)[None, :]
-    state = tl.zeros([BK, BK], tl.float32)
-    m = 0.0
-    passed = 0.0
-    if ENTER is not None:
-        at = tl.cast(slot if SPLIT else sequence, tl.int64)
-        p = ENTER + at * e_n + h * e_h + ck[:, None] * e_k + ck[None, :] * e_v
-        state = tl.load(p, mask=inside, other=0.0).to(tl.float32)
-        if ENTER_TRACE is not None:
-            m = tl.load(ENTER_TRACE + at * heads + h)
-    K += batch * k_b + (h // group) * k_h
-    chunks = tl.cdiv(stop - start, C)
-    for i in range(0, chunks):
-        t = start + (chunks - 1 - i) * C
-        live = t + rows < stop
-        row = tl.cast(t, tl.int64)
-        token = (batch * length + row + rows) * heads + h
-        first = ((batch * length + row) * heads + h) * D
-        out = rows[:, None] * (heads * D) + ck[None, :]
-        in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
-        dtrace = tl.load(DTRACE + token, mask=live, other=0.0)
-        if GATED:
-            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
-            weight = tl.exp2(c)
-            passed += total
-        if LEAVE is None:
-            k = tl.load(K + row * k_t + (rows[:, None] * k_t + ck[None, :]), mask=in_k, other=0.0).to(OPERAND)
-            rounded = state.to(OPERAND)
-            acc = tl.dot(k, rounded, input_precision=PRECISION)
-            acc = tl.dot(k, tl.trans(rounded), acc, input_precision=PRECISION)
-            later = rows[:, None] <= rows[None, :]
-            if GATED:
-                acc *= tl.exp2(total - c)[:, None]
-                E = tl.where(later, tl.exp2(c[None, :] - c[:, None]), 0.0)
-                mt = m * tl.exp2(total - c) + tl.sum(E * dtrace[None, :], 1)
-            else:
-                mt = m + tl.sum(tl.where(later, dtrace[None, :], 0.0), 1)
-            kf = k.to(tl.float32)
-            acc = tl.load(DK + first + out, mask=in_k, other=0.0) + 2.0 * mt[:, None] * kf - acc
-            if DOT is not None:
-                tl.store(DOT + token, tl.sum(acc * kf, 1), mask=live)
-            acc += tl.load(ADDED + first + out, mask=in_k, other=0.0).to(tl.float32)
-            tl.store(OUT + first + out, acc.to(OUT.dtype.element_ty), mask=in_k)
-        if GATED:
-            rho = tl.exp2(total)
-            state *= rho
-            m = m * rho + tl.sum(dtrace * weight, 0)
-        else:
-            m += tl.sum(dtrace, 0)
-        for n in range(0, ORDER):
-            at = n * (tl.cast(tokens, tl.int64) * D) + first
-            x = tl.load(XS + at + out, mask=in_k, other=0.0).to(OPERAND)
-            u = tl.load(US + at + out, mask=in_k, other=0.0).to(OPERAND)
-            if GATED:
-                u = (u.to(tl.float32) * weight[:, None]).to(OPERAND)
-            state = tl.dot(tl.trans(x), u, state, input_precision=PRECISION)
-    if LEAVE is not None:
-        at = tl.cast(slot, tl.int64) * heads + h
-        tl.store(LEAVE + at * (D * D) + ck[:, None] * D + ck[None, :], state, mask=inside)
-        tl.store(LEAVE_TRACE + at, m)
-        if TOTAL is not None:
-            tl.store(TOTAL + at, passed)

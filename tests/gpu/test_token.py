@@ -79,7 +79,8 @@ def test_a_prompt_shaped_in_one_launch(name, dtype, monkeypatch):
     plain, truth = logits(model), logits(copy.deepcopy(model).double())
     error, yardstick = ((x - truth).norm() / truth.norm() for x in (found, plain))
     assert not torch.equal(found, plain)  # it was used
-    assert error <= 1.5 * yardstick and error < (5e-2 if dtype == torch.bfloat16 else 1e-4), (error, yardstick)
+    # (float32: PyTorch's and Triton's exp and rsqrt round differently.)
+    assert error < (min(1.5 * yardstick, 5e-2) if dtype == torch.bfloat16 else 1e-5), (error, yardstick)
 
 
 def test_one_token_costs_six_launches_a_block():

@@ -29,18 +29,15 @@ def short_segments(monkeypatch):
 
 
 def results(x: Inputs, dtype, backend, cu_seqlens=None, initial_state=None, final=True, fixed=()):
-    """Output, final state and gradients of everything, the final state having one too.
-
-    ``fixed``: fields of the initial state that need no gradient.
-    """
+    """Output, final state and gradients of everything but what is ``fixed``, the final state having one too."""
     leaves = {
-        n: y.to(dtype if n != "g" or dtype == F64 else torch.float32).requires_grad_() for n, y in x.tensors().items()
+        n: y.detach().to(dtype if n != "g" or dtype == F64 else torch.float32).requires_grad_(n not in fixed)
+        for n, y in x.tensors().items()
     }
     q, k, v, kw = x.with_tensors(leaves)
     states = []
     if initial_state is not None:
-        given = initial_state._asdict().items()
-        states = [y.detach().to(dtype).requires_grad_(n not in fixed) for n, y in given if y is not None]
+        states = [y.detach().to(dtype).requires_grad_() for y in initial_state if y is not None]
         rest = iter(states)
         initial_state = type(initial_state)(*(None if y is None else next(rest) for y in initial_state))
     o, state = getattr(hla, x.op)(
@@ -51,7 +48,7 @@ def results(x: Inputs, dtype, backend, cu_seqlens=None, initial_state=None, fina
     total = (o * new(o)).sum()
     for y in flat(state):
         total = total + 0.1 * (y * new(y)).sum()
-    states = [y for y in states if y.requires_grad]
+    leaves = {n: y for n, y in leaves.items() if y.requires_grad}
     return o, state, gradients(total, [*leaves.values(), *states]), [*leaves, *range(len(states))]
 
 
@@ -79,11 +76,15 @@ def test_equal_the_float64_chunk_form(name, option, shape, short_segments):
 
 
 @pytest.mark.parametrize("name,option", [c for c in CASES if c[0].startswith("hla_q")])
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_readings_of_hla_q_in_one_kernel_equal_the_chunk_form(name, option, shape, short_segments):
-    x = Inputs(name, option, **SHAPES[shape])
+def test_hla_q_has_kernels_of_its_own(name, option):
+    x = Inputs(name, option, **SHAPES["grouped"])
     assert query_side.supports(check_call(x.op, x.q, x.k, x.v, **x.kw))
-    check(x, fixed=("S",))
+
+
+@pytest.mark.parametrize("name", ["hla2", "hla_q4"])
+@pytest.mark.parametrize("fixed", ["g", "k", "q"])
+def test_what_needs_no_gradient_changes_no_other(name, fixed, short_segments):
+    check(Inputs(name, "g", **SHAPES["split"]), fixed=(fixed,))
 
 
 def check(x: Inputs, **more):
@@ -105,10 +106,9 @@ def test_packed_sequences_equal_the_chunk_form(name, option, shortest, monkeypat
     monkeypatch.setattr(segments, "SHORTEST_SEGMENT", shortest)
     cu = torch.tensor([0, 3, 3, 70, 200], dtype=torch.int32)
     x = Inputs(name, option, B=1, T=200, HQ=2, HKV=1, K=3, V=5)
-    fixed = ("S",) if name.startswith("hla_q") else ()
     _, initial, _, _ = results(x, F64, "torch", cu_seqlens=cu)
-    o, state, grads, names = results(x, torch.float32, "triton", cu, initial, fixed=fixed)
-    o_true, state_true, grads_true, _ = results(x, F64, "torch", cu, initial, fixed=fixed)
+    o, state, grads, names = results(x, torch.float32, "triton", cu, initial)
+    o_true, state_true, grads_true, _ = results(x, F64, "torch", cu, initial)
     for n, a, b in zip(
         ["o", *("state" for _ in flat(state)), *names],
         [o, *flat(state), *grads],

@@ -55,7 +55,16 @@ BLOCK_MAY_SPILL = {
     (90, "block", 16, 2048, 16): 0,
     (86, "block", 16, 768, 12): 0,
 }
-MAY = MAY_SPILL | STEP_MAY_SPILL | BLOCK_MAY_SPILL
+# (capability, "readings", K = V, dtype): the kernels of hla_q of order 4, forward and backward: likewise.
+READINGS_MAY_SPILL = {
+    (90, "readings", 128, "bfloat16"): 460,
+    (90, "readings", 64, "bfloat16"): 0,
+    (90, "readings", 128, "float32"): 0,
+    (80, "readings", 128, "bfloat16"): 0,
+    (86, "readings", 128, "bfloat16"): 0,
+    (89, "readings", 64, "bfloat16"): 0,
+}
+MAY = MAY_SPILL | STEP_MAY_SPILL | BLOCK_MAY_SPILL | READINGS_MAY_SPILL
 PROCESSES = 2
 
 
@@ -77,13 +86,18 @@ def record_operator(
     return record(lambda: hla.kernels.run(call)[0].sum().backward())
 
 
-def launches_of(capability: int, K: int, V: int, dtype: str, gate: bool) -> list:
-    """Of what hla2 launches on such a card: the first, and of those that add or reverse (and dot) the first each."""
+def pretend(capability: int) -> None:
+    """From now on the device is one of this compute capability."""
     import hla.kernels  # noqa: F401 - to be patched
 
     for name, module in list(sys.modules.items()):
         if name.startswith("hla.kernels") and hasattr(module, "device_config"):
             module.device_config = lambda device: (divmod(capability, 10), 132)
+
+
+def launches_of(capability: int, K: int, V: int, dtype: str, gate: bool) -> list:
+    """Of what hla2 launches on such a card: the first, and of those that add or reverse (and dot) the first each."""
+    pretend(capability)
     picked = {}
     for launch in record_operator("hla2", 1, 512, 1, K, V, dtype, gate=gate, p="k", ridge=0.5):
         x = launch.arguments
@@ -128,8 +142,20 @@ def launches_of_block(capability: int, _: str, B: int, hidden_size: int, heads: 
         return launches + record(lambda: project(block.mixer, many, None, state.conv, True))
 
 
+def launches_of_readings(capability: int, _: str, D: int, dtype: str) -> list:
+    """The launches of the kernels that only hla_q has, those of a split among them."""
+    pretend(capability)
+    launches = record_operator("hla_q", 1, 1024, 1, D, D, dtype, per_token=("ridge",))
+    own = [x for x in launches if x.kernel.__module__ == "hla.kernels.query_side_kernels"]
+    return list({(x.kernel.__name__, x.arguments.get("LEAVE") is None): x for x in own}.values())
+
+
 def launches_of_row(row: tuple) -> list:
-    for table, launches in ((STEP_MAY_SPILL, launches_of_step), (BLOCK_MAY_SPILL, launches_of_block)):
+    for table, launches in (
+        (READINGS_MAY_SPILL, launches_of_readings),
+        (STEP_MAY_SPILL, launches_of_step),
+        (BLOCK_MAY_SPILL, launches_of_block),
+    ):
         if row in table:
             return launches(*row)
     return launches_of(*row)

@@ -110,7 +110,8 @@ def test_several_tokens_of_a_bfloat16_state_round_it_once(op):
     state = like(some_state(call), Tensor.bfloat16)
     o, _ = kernel.fused_step(call, state, like(state, Tensor.clone))
     truth, _ = kernel.fused_step(call, like(state, Tensor.float))
-    assert torch.equal(o, truth)
+    # Rounded between tokens it would be 1e-3 off; two compiled kernels add in their own ways.
+    torch.testing.assert_close(o, truth, rtol=1e-4, atol=1e-5)
 
 
 packs = pytest.mark.parametrize("op", [op for op in PATHS if op not in ("linear_attn", "ahla")])
