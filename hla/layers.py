@@ -22,6 +22,7 @@ from hla.ops.checks import HAS_TRITON, chebyshev_nodes, check_backend
 from hla.ops.higher_order import ahla, hla2, hla3, hla_q, linear_attn
 from hla.ops.recurrent import step
 from hla.ops.state import State, zeros
+from hla.projection import project
 from hla.rotary import apply_rope, rope_cos_sin
 
 if TYPE_CHECKING:
@@ -268,6 +269,12 @@ class HigherOrderLinearAttention(nn.Module):
         self._check_state("state", state, sequences)
         self._check_state("out_state", out_state, sequences)
         wants_state = output_state or out_state is not None
+        if state is not None and state is out_state and attention_mask is None and cu_seqlens is None:
+            if hidden_states.is_cpu and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+                from hla.one_token import fits, token
+
+                if fits(self, hidden_states, state):
+                    return token(self, hidden_states, state), out_state
         mask = None if attention_mask is None else (attention_mask != 0)[..., None]
         position = None
         if self.rope_theta is not None:
@@ -275,9 +282,9 @@ class HigherOrderLinearAttention(nn.Module):
 
         history = None if state is None else state.conv
         if self._in_one_launch(hidden_states, cu_seqlens):
-            from hla.kernels.shape import project
+            from hla.kernels.shape import project as project_in_one_launch
 
-            q, k, v, conv, options = project(self, hidden_states, mask, history, wants_state)
+            q, k, v, conv, options = project_in_one_launch(self, hidden_states, mask, history, wants_state)
         else:
             q, k, v, p, conv = self._project(hidden_states, mask, position_ids, cu_seqlens, history, wants_state)
             options = {"g": self._log_decay(hidden_states, mask), **self._coefficients(hidden_states, k)}
@@ -291,16 +298,18 @@ class HigherOrderLinearAttention(nn.Module):
                 self.op, q, k, v, initial_state=self._operator_state(state, out_state), output_final_state=wants_state,
                 cu_seqlens=cu_seqlens, backend=self.backend, **self._operator_options(options),
             )  # fmt: skip
-            gate = self._gate(hidden_states)  # computed while the summaries travel
+            gate = self._gate_logits(hidden_states)  # computed while the summaries travel
             o, op = pending.finish()
 
-        if self.o_norm is not None:
-            o = self.o_norm(o)
-        o = o.flatten(2)
-        gate = self._gate(hidden_states) if gate is None else gate
-        if gate is not None:
-            o = o * gate
-        y = self.o_proj(o)
+        gate = self._gate_logits(hidden_states) if gate is None else gate
+        if type(self.o_norm) is RMSNorm and self._has_kernels(o):
+            from hla.kernels.shape_training import gated_norm
+
+            o = gated_norm(self.o_norm, o, gate)
+        else:
+            o = (o if self.o_norm is None else self.o_norm(o)).flatten(2)
+            o = o if gate is None else o * F.silu(gate)
+        y = project(self.o_proj, o)
         if not wants_state:
             return y, None
         new_state = LayerState(conv, op, position)
@@ -319,7 +328,12 @@ class HigherOrderLinearAttention(nn.Module):
         wants_state: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | str | None, Tensor | None]:
         """q, k, v ``[B, T, heads, dim]`` and p as the operator takes them, 0 at pads, and the convolution's state."""
-        x = self.qkv_proj(hidden_states)
+        x = project(self.qkv_proj, hidden_states)
+        if history is None and not wants_state and self._shapes_in_kernels(x):
+            from hla.kernels.shape_training import shaped
+
+            write = self.write_proj(hidden_states) if self.write_gate else None
+            return *shaped(self, x, write, mask, cu_seqlens), self.p, None
         if mask is not None:
             x = x * mask  # what the convolution sees at pads
         conv = None
@@ -353,6 +367,15 @@ class HigherOrderLinearAttention(nn.Module):
         from hla.kernels.shape import supports
 
         return hidden_states.numel() > 0 and not torch.is_autocast_enabled("cuda") and supports(self)
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Whether the Triton kernels around the operator take a tensor."""
+        return x.is_cuda and HAS_TRITON and x.dtype != torch.float64 and x.numel() > 0 and self.backend != "torch"
+
+    def _shapes_in_kernels(self, x: Tensor) -> bool:
+        """Whether kernels with a gradient do what lies between the projection of q, k, v and the operator."""
+        alone = self.sequence_parallel is None and self.rope_theta is None and len(self.split_sizes) == 3
+        return alone and self._has_kernels(x)
 
     def _operate(
         self,
@@ -396,8 +419,8 @@ class HigherOrderLinearAttention(nn.Module):
             return map_state(Tensor.clone, state.op)
         return None if state is None else state.op
 
-    def _gate(self, hidden_states: Tensor) -> Tensor | None:
-        return None if self.gate_proj is None else F.silu(self.gate_proj(hidden_states))
+    def _gate_logits(self, hidden_states: Tensor) -> Tensor | None:
+        return None if self.gate_proj is None else project(self.gate_proj, hidden_states)
 
     def zero_state(self, batch_size: int, dtype: torch.dtype, device: torch.device | str) -> LayerState:
         """The state before the first token of ``batch_size`` sequences, for a layer computing in ``dtype``."""

@@ -53,8 +53,8 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
 
 
 class QuerySideConfig(NamedTuple):
-    """For the kernels of `query_side`: rows of a chunk, stages of the load pipelines, and whether `adjoint` loads ahead;
-    warps are 4."""
+    """For the kernels of `query_side`, all with 4 warps: rows of a chunk, whether `adjoint` loads ahead, and stages of
+    the load pipelines."""
 
     chunk: int = 64
     adjoint_ahead: int = 1

@@ -265,8 +265,8 @@ def moments(
     ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
     SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """BV columns of the reversed moment ``N = sum x_{n-1} u_n^T``, and m, walked through a segment: what enters each chunk
-    from later ones goes to MOMENTS and TRACES, the gradient of the S that entered the sequence to DS.
+    """BV columns of the reversed moment ``N = sum x_{n-1} u_n^T``, and m, walked through a segment: what enters each
+    chunk from later ones goes to MOMENTS and TRACES, the gradient of the S that entered the sequence to DS.
 
     With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
     """

@@ -172,12 +172,12 @@ def _sums(dc: Tensor, borders: Tensor | None, cu_seqlens: Tensor | None, earlier
     out = torch.empty_like(dc, memory_format=torch.contiguous_format)
     B, T, H = dc.shape
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    blocks = triton.cdiv(H, 16)
+    blocks = triton.cdiv(H, 4)
     if out.numel():
         borders = None if borders is None else borders.float().contiguous()
         launch(
             _sum, sequences * blocks, dc.contiguous(), borders, cu_seqlens, out, T, H, blocks,
-            EARLIER=earlier, ROWS=256, HEADS=16,
+            EARLIER=earlier, ROWS=1024, HEADS=4, warps=8,
         )  # fmt: skip
     return out
 

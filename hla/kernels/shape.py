@@ -30,13 +30,14 @@ def sigmoid(x):
 
 @triton.jit(do_not_specialize=["length", "blocks"])
 def _shape(
-    Y, MASK, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, QKV, G, RIDGE, NODES,
-    length, blocks, y_r, write_r, decay_r, ridge_r, eps,
+    Y, MASK, BEGIN, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, QKV, G, RIDGE,
+    NODES, length, blocks, y_r, write_r, decay_r, ridge_r, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     TAPS_N: tl.constexpr, MOVE: tl.constexpr, FEATURE: tl.constexpr, NORM: tl.constexpr, FIXED: tl.constexpr,
     ORDER: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """One program per row, BT tokens, and head of q, k and v. MOVE: one token, by which HISTORY moves on in place."""
+    """One program per row, BT tokens, and head of q, k and v. BEGIN: of each token the first one of its sequence.
+    MOVE: one token, by which HISTORY moves on in place."""
     heads: tl.constexpr = HQ + 2 * HKV
     channels: tl.constexpr = (HQ + HKV) * DK + HKV * DV
     j = tl.program_id(0) % heads
@@ -60,11 +61,14 @@ def _shape(
         y = x * tl.load(taps + TAPS_N - 1, mask=in_d, other=0.0).to(tl.float32)[None, :]
         for i in tl.static_range(TAPS_N - 1):
             before = t - (TAPS_N - 1) + i
-            here = inside & (before >= 0)[:, None]
+            reached = live & (before >= 0)
+            if BEGIN is not None:
+                reached = reached & (before >= tl.load(BEGIN + t, mask=live, other=0))
+            here = inside & reached[:, None]
             old = tl.load(Y + (b * length + before)[:, None] * y_r + channel[None, :], mask=here, other=0.0)
             old = old.to(tl.float32)
             if MASK is not None:
-                real = tl.load(MASK + b * length + before, mask=live & (before >= 0), other=0) != 0
+                real = tl.load(MASK + b * length + before, mask=reached, other=0) != 0
                 old = tl.where(real[:, None], old, 0.0)
             if HISTORY is not None:
                 place = HISTORY + (b * channels + channel) * (TAPS_N - 1)
@@ -176,7 +180,7 @@ def shape(
     row = lambda x: 0 if x is None else x.stride(1) if T > 1 else x.stride(0)  # noqa: E731
     launch(
         _shape, B * blocks * (heads + 2 * kv),
-        qkv, None if mask is None else mask.contiguous(),
+        qkv, None if mask is None else mask.contiguous(), None,
         history if history is None or move else history.contiguous(),
         mixer.conv_weight if mixer.conv_size else None, write, decay,
         mixer.A_log if by_token else None, mixer.dt_bias if by_token else None, ridge,

@@ -1,0 +1,76 @@
+"""A layer whose convolution, feature map, norms and gates are kernels equals the layer operation by operation.
+
+So do the gradients of its input and of every parameter.
+"""
+
+import pytest
+import torch
+
+from hla import HigherOrderLinearAttention
+from tests.kernels.test_shape import CASES, new_layer
+from tests.ops.cases import assert_close
+
+pytest.importorskip("triton")
+from hla.kernels import shape_training
+
+MORE = {
+    "many taps": dict(conv_size=5, output_gate=False),
+    "no gate, no norm": dict(output_norm=False, output_gate=False, write_gate=False),
+    "hla2": dict(op="hla2", write_gate=True),
+}
+CASES = CASES | MORE
+
+
+def results(layer, x: torch.Tensor, dy: torch.Tensor, **options) -> dict[str, torch.Tensor]:
+    x = x.to(next(layer.parameters()).dtype).requires_grad_()
+    y, _ = layer(x, **options)
+    used = {n: p for n, p in layer.named_parameters() if p.requires_grad}
+    grads = torch.autograd.grad((y * dy.to(y.dtype)).sum(), [x, *used.values()], allow_unused=True)
+    return {"y": y, **dict(zip(["x", *used], grads, strict=True))}
+
+
+HOW = {name: ["plain"] for name in CASES} | {
+    "default": ["plain", "masked", "packed"],
+    "grouped": ["masked"],
+    "many taps": ["packed"],
+    "no conv": ["masked"],
+}
+
+
+@pytest.mark.parametrize("case,how", [(case, how) for case in CASES for how in HOW[case]])
+def test_kernels_equal_the_operations(case, how, monkeypatch):
+    monkeypatch.setattr(shape_training, "STEPS", 2)  # several programs along the sequence
+    monkeypatch.setattr(shape_training, "NUMBERS", 128)
+    monkeypatch.setattr(shape_training, "GRADIENT", (64, 1))
+    layer = new_layer(CASES[case])
+    B = 1 if how == "packed" else 2
+    x, dy = torch.randn(B, 21, 40), torch.randn(B, 21, 40)
+    options = {
+        "plain": {},
+        "masked": dict(attention_mask=torch.rand(B, 21) > 0.3),
+        "packed": dict(cu_seqlens=torch.tensor([0, 2, 2, 3, 11, 21], dtype=torch.int32)),
+    }[how]
+    truth = results(layer.double(), x, dy, **options)
+    calls = []
+    monkeypatch.setattr(
+        shape_training, "launch", lambda *a, f=shape_training.launch, **k: (calls.append(a[0]), f(*a, **k))
+    )
+    monkeypatch.setattr(HigherOrderLinearAttention, "_has_kernels", lambda *_: True)
+    found = results(layer.float(), x, dy, **options)
+    names = [kernel.__name__ for kernel in calls]
+    assert names.count("_shape") == names.count("_shape_gradient") == 1
+    assert names.count("_gated_norm") == (2 if layer.o_norm is not None else 0)
+    assert found.keys() == truth.keys()
+    for name, y in truth.items():
+        if y is None:
+            assert found[name] is None or not found[name].any()
+        else:
+            assert_close(found[name], y, 1e-3, name)  # (what hla_q does to float32)
+
+
+def test_no_tokens():
+    layer = new_layer({})
+    x = torch.randn(2, 0, layer.channels, requires_grad=True)
+    q, _, _ = shape_training.shaped(layer, x, torch.randn(2, 0, 4), None, None)
+    q.sum().backward()
+    assert x.grad.shape == x.shape
