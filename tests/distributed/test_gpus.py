@@ -1,0 +1,38 @@
+"""benchmarks.scale.gpus in a tiny setting on two processes: rows with the results of one process alone."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+
+from benchmarks.scale.gpus_training import meshes_of
+from tests.distributed.ranks import ROOT, TIMEOUT
+
+
+def test_two_processes(tmp_path):
+    out = tmp_path / "rows.csv"
+    out.write_text("gpus,operator,T,error\n4,hla_q,64,\n2,hla_q,1,\n")  # what others measured stays
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = "--device cpu --operators hla_q --lengths 64 --seconds 0 --size tiny --tokens 16 --steps 2 --meshes 1x2x1"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [*torchrun, "-m", "benchmarks.scale.gpus", *options.split(), "--out", str(out)], cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=TIMEOUT,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    other, row = csv.DictReader(open(out))
+    assert other["gpus"] == "4"
+    assert (row["gpus"], row["operator"], row["T"], row["error"]) == ("2", "hla_q", "64", "")
+    assert max(float(row[f"error_{name}"]) for name in ("o", "q", "k", "v", "g", "ridge")) < 1e-5
+    assert float(row["efficiency"]) > 0 and row["waiting_ms"] and float(row["piece_ms"]) > 0
+    alone, spread = csv.DictReader(open(tmp_path / "rows_training.csv"))
+    assert [alone[x] for x in ("dp", "sp", "tp", "error")] == ["1", "1", "1", ""]
+    assert [spread[x] for x in ("dp", "sp", "tp", "error")] == ["1", "2", "1", ""]
+    assert spread["loss_first"] == alone["loss_first"] and float(spread["loss_difference"]) < 1e-3
+
+
+def test_meshes():
+    assert meshes_of(2) == [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
+    assert meshes_of(8)[3:] == [(2, 4, 1), (2, 2, 2)]

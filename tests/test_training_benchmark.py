@@ -1,0 +1,78 @@
+"""benchmarks.training in a tiny setting: rows, their numbers, and what a failing model leaves."""
+
+import csv
+import sys
+
+import pytest
+import torch
+
+from benchmarks import training
+from hla.models import SIZES, HLAConfig, count_parameters
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def call(*options):
+        out = tmp_path / "rows.csv"
+        common = ["--device", "cpu", "--sizes", "tiny", "--seconds", "0", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["training", *common, *options])
+        training.main()
+        return list(csv.DictReader(open(out)))
+
+    return call
+
+
+def test_speed(run, monkeypatch, tmp_path):
+    monkeypatch.setitem(training.MICRO, "tiny", 64)  # the longer rows are recomputed, the shorter ones two at a time
+
+    def broken(size):
+        raise RuntimeError("no such model")
+
+    monkeypatch.setitem(training.MAKERS, training.LLAMA, broken)
+    rows = run("--contexts", "128", "32", "--tokens", "128")
+    rows = [r for r in rows if r["model"] != training.DELTA]
+    assert [(r["T"], r["model"]) for r in rows] == [(t, m) for t in ("32", "128") for m in ("softmax", "HLA", "Llama")]
+    assert {(r["T"], r["batch"], r["micro_batch"], r["recompute"]) for r in rows} == {
+        ("32", "4", "2", "0"), ("128", "1", "1", "1"),
+    }  # fmt: skip
+    for r in rows:
+        if r["model"] == "Llama":
+            assert "no such model" in r["error"] and r["tokens_per_s"] == r["mfu"] == r["peak_mib"] == ""
+            continue
+        assert r["error"] == ""
+        assert float(r["tokens_per_s"]) == pytest.approx(128e3 / float(r["ms_per_step"]), rel=0.01)
+        assert float(r["peak_mib"]) * 2**20 > 12 * int(r["parameters"])
+    assert int(rows[1]["parameters"]) == count_parameters(HLAConfig(**SIZES["tiny"]))
+    assert (tmp_path / "rows.png").exists()
+
+
+def test_longest(run):
+    rows = run("--longest", "--contexts", "64", "128", "--piece", "32", "--step-seconds", "1000")
+    assert [(r["model"], r["method"], r["T"]) for r in rows] == [
+        (model, method, t)
+        for model, method in (("HLA", "recompute"), ("HLA", "pieces of 32"), ("softmax", "recompute"))
+        for t in ("64", "128")
+    ]
+    for whole, pieces in zip(rows[:2], rows[2:4], strict=True):
+        for name in ("loss", "gradient_norm"):
+            assert float(pieces[name]) == pytest.approx(float(whole[name]), rel=1e-4)
+    assert float(rows[2]["difference"]) < 1e-5 and rows[3]["difference"] == ""
+
+
+def test_steps_that_would_take_too_long_are_left_out(run):
+    rows = run("--longest", "--contexts", "64", "1024", "--piece", "64", "--step-seconds", "1e-9")
+    assert [(r["T"], r["error"][:8]) for r in rows] == [("64", ""), ("128", "left out")] * 3
+
+
+def test_flops():
+    """By hand: 6 FLOPs per weight in a linear map, and three times the forward pass of the mixer."""
+    trained = training.Trained(training.HLA, "tiny", "cpu")
+    linear = 192 * (3 * 192 + 3 * 6 + 2 * 192 + 3 * 512) * 2 + 192 * 32000
+    assert training.model_flops(trained, 100) == 6 * linear + 3 * 2 * 6 * (2 * 7 * 32**2)
+    softmax = training.Trained(training.SOFTMAX, "tiny", "cpu")
+    linear = 192 * (4 * 192 + 3 * 512) * 2 + 192 * 32000
+    assert training.model_flops(softmax, 100) == 6 * linear + 3 * 2 * 6 * (2 * 100 * 32)
+    before = [p.clone() for p in trained.model.parameters()]
+    trained.step(*training.batch(1, 16, "cpu"), 1)
+    assert any(not torch.equal(x, p) for x, p in zip(before, trained.model.parameters(), strict=True))
+    assert all(p.grad is None for p in trained.model.parameters())
