@@ -65,10 +65,16 @@ class LayerState(NamedTuple):
 
 
 class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` in the dtype of its input, which keeps the fused kernels in use under autocast."""
+    """`torch.nn.RMSNorm` in the dtype of its input, which keeps the fused kernels in use under autocast.
+
+    Under autocast the result is rounded to its dtype once, not by every projection that reads it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        if y.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+            return y
+        return y.to(torch.get_autocast_dtype(x.device.type))
 
 
 class HigherOrderLinearAttention(nn.Module):

@@ -1,9 +1,9 @@
 """What training spends between a layer's projections and its operator, and behind it, in few passes through memory.
 
 `shaped`: short convolution, feature map, norm and write gate of q, k and v; the forward pass is the kernel of prompts
-(`shape`). `gated_norm`: RMS norm of each head's output, times the output gate. Operation by operation the two are about
+(`shape`). `gated_norm`: RMS norm of each head's output, times the output gate. Operation by operation these are about
 300 trips of a tensor ``[B, T, hidden_size]`` through memory, forward and backward; here they are 29. Sums over tokens
-(for weights) are added up in a fixed order.
+(for weights) are added up in a fixed order. `silu_product` is what the MLP has between its projections.
 """
 
 from __future__ import annotations
@@ -340,3 +340,45 @@ def gated_norm(norm: RMSNorm, o: Tensor, gate: Tensor | None) -> Tensor:
         repr(float(norm.eps)), 1, o.contiguous(), None if gate is None else gate.contiguous(), norm.weight
     )
     return out.flatten(2)
+
+
+@triton.jit
+def _silu_product(A, B, OUT, DOUT, DA, DB, numbers, N: tl.constexpr):
+    """``silu(a) b`` to OUT, or with DOUT its gradients."""
+    at = tl.cast(tl.program_id(0), tl.int64) * N + tl.arange(0, N)
+    live = at < numbers
+    a = tl.load(A + at, mask=live, other=0.0).to(tl.float32)
+    b = tl.load(B + at, mask=live, other=0.0).to(tl.float32)
+    s = sigmoid(a)
+    if DOUT is None:
+        tl.store(OUT + at, (a * s * b).to(OUT.dtype.element_ty), mask=live)
+    else:
+        dout = tl.load(DOUT + at, mask=live, other=0.0).to(tl.float32)
+        tl.store(DA + at, (dout * b * (s * (1.0 + a * (1.0 - s)))).to(DA.dtype.element_ty), mask=live)
+        tl.store(DB + at, (dout * a * s).to(DB.dtype.element_ty), mask=live)
+
+
+def _run_silu_product(a: Tensor, b: Tensor, dout: Tensor | None) -> list[Tensor]:
+    results = [torch.empty_like(a)] if dout is None else [torch.empty_like(a), torch.empty_like(b)]
+    pointers = (*results, None, None, None) if dout is None else (None, dout, *results)
+    launch(_silu_product, -(-a.numel() // NUMBERS), a, b, *pointers, a.numel(), N=NUMBERS, warps=4)
+    return results
+
+
+def _product_backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
+    found = _run_silu_product(*tensors, grads[0].contiguous())
+    return [y if need else None for y, need in zip(found, needed, strict=True)]
+
+
+_product_operation = Operation(
+    "silu_product",
+    lambda plan, a, b, *, keep: (_run_silu_product(a, b, None), []),
+    lambda plan, a, b: ([a.new_empty(a.shape)], []),
+    _product_backward,
+    lambda plan: 1,
+)
+
+
+def silu_product(a: Tensor, b: Tensor) -> Tensor:
+    """``silu(a) * b``, of tensors of one shape and dtype."""
+    return _product_operation("", 1, a.contiguous(), b.contiguous())[0]

@@ -1,4 +1,4 @@
-"""One token of a whole block, in six launches: at small batches decoding is reading weights, and launching.
+"""One token of a whole block, in six launches or a few more: decoding is reading weights and states, and launching.
 
 A block of the model spends about seventy launches on a token, most of them on a few thousand numbers. Here everything
 between two reads of weights goes into the kernel of one of them:
@@ -12,12 +12,16 @@ between two reads of weights goes into the kernel of one of them:
 | `project` | the norm, both halves of the gated MLP and their product |
 | `project` | the way down, residual |
 
-Up to 16 rows, which are the side of one tile of the matrix units: more rows of the batch cost nothing until then.
+Up to 16 rows are one tile of the matrix units: more rows of the batch cost nothing until then. Above, tiles have up to
+64 rows, and the heads are normalised and gated in a launch of their own, seven in all, instead of anew in every program.
+Above TILE_ROWS the large products go to cuBLAS, which is made for them, with what lies between fused: 13 launches.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import functools
+import itertools
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -25,6 +29,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from hla.kernels.configs import block as block_of
+from hla.kernels.configs import device_config, little_memory
 from hla.kernels.launch import INTERPRETED, launch
 from hla.kernels.shape import shape, sigmoid, supports
 from hla.ops.recurrent import step
@@ -33,8 +38,9 @@ if TYPE_CHECKING:
     from hla.layers import HigherOrderLinearAttention, LayerState
     from hla.models.modeling_hla import HLABlock
 
-ROWS = 16
 FEW = 2  # rows of a batch up to which the matrix units are not worth it
+ROWS = 16  # up to which they are one tile
+TILE_ROWS = 64  # up to which the products are those of this file, above they are those of cuBLAS
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -67,17 +73,19 @@ def project(
     D: tl.constexpr, WIDTH: tl.constexpr, PER_HEAD: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr,
 ):  # fmt: skip
-    """``OUT[b] = norm(x_b) [W; W1; ...]^T`` (+ residual), BN rows of one of the weights ``[n, D]`` per program.
+    """``OUT[b] = norm(x_b) [W; W1; ...]^T`` (+ residual): ROWS of x, BN rows of one weight ``[n, D]`` per program.
 
     PER_HEAD: x is normalised in parts of WIDTH numbers (with NORM) and multiplied by silu(GATE) (if given).
     SWIGLU: ``silu(x W^T) * (x W1^T)``. The norm over all of x is applied to the products, so x is read once.
     """
-    pid = tl.program_id(0)
+    # Programs with the same rows of the weight are neighbours: one reads them from memory, the others from the cache.
+    blocks = tl.cdiv(batch, ROWS)
+    pid = tl.program_id(0) // blocks
     if SWIGLU:
         weight, size, column, first = W, n, 0, 0
     else:
         weight, size, column, first = _weight(pid, W, W1, W2, W3, W4, n, n1, n2, n3, n4, BN)
-    b = tl.arange(0, ROWS)
+    b = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     rows = (pid - first) * BN + tl.arange(0, BN)
     inside = rows < size
     kk = tl.arange(0, BK)
@@ -181,9 +189,35 @@ def _finish(
     tl.store(OUT + at, acc.to(OUT.dtype.element_ty), mask=live)
 
 
+@triton.jit
+def normed_gated(
+    X, GATE, NORM, OUT, COPY, x_b, gate_b, eps, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``OUT = norm(X) * silu(GATE)`` (but for what is None), one part of a row, WIDTH numbers, per program.
+
+    COPY: of X, to which a product is added later.
+    """
+    row = (tl.program_id(0) // PARTS).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < WIDTH
+    at = tl.program_id(0) % PARTS * WIDTH + i
+    x = tl.load(X + row * x_b + at, mask=inside, other=0.0)
+    out = row * (PARTS * WIDTH) + at
+    if COPY is not None:
+        tl.store(COPY + out, x, mask=inside)
+    x = x.to(tl.float32)
+    if NORM is not None:
+        x *= tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+        x *= tl.load(NORM + i, mask=inside, other=0.0).to(tl.float32)
+    if GATE is not None:
+        gate = tl.load(GATE + row * gate_b + at, mask=inside, other=0.0).to(tl.float32)
+        x *= gate * sigmoid(gate)
+    tl.store(OUT + out, x.to(OUT.dtype.element_ty), mask=inside)
+
+
 def fits(block: HLABlock, x: Tensor) -> bool:
     """Whether `token` does this block for one token of ``x [B, 1, D]`` (else the block goes operation by operation)."""
-    if x.shape[1] != 1 or not 0 < x.shape[0] <= ROWS or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if x.shape[1] != 1 or x.shape[0] == 0 or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     mixer: Any = block.mixer
     mlp = block.mlp
@@ -227,58 +261,130 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
     """
     mixer: Any = block.mixer
     mlp = block.mlp
-    B, D = x.shape[0], x.shape[2]
-    x = x.reshape(B, D)
-
-    def new(width: int) -> Tensor:
-        return torch.empty(B, width, dtype=x.dtype, device=x.device)
-
+    x = x.reshape(x.shape[0], x.shape[2]).contiguous()
+    B, D = x.shape
+    tiles = B <= TILE_ROWS
     weights = {name: y.weight for name, y in _projections(mixer).items()}
-    widths = [w.shape[0] for w in weights.values()]
-    y = new(sum(widths))
-    _project(x, y, list(weights.values()), norm=block.input_layernorm)
-    parts = dict(zip(weights, y[:, None].split(widths, -1), strict=True))
+    hidden = x.new_empty(B, D)
+    parts = {}
+    if not tiles:
+        normed = _normed_gated(x, norm=block.input_layernorm, copy=hidden)
+        parts = {name: _multiply(normed, weights.pop(name)) for name in ("qkv_proj", "gate_proj") if name in weights}
+    if weights:
+        widths = [w.shape[0] for w in weights.values()]
+        y = x.new_empty(B, sum(widths))
+        _project(x, y, list(weights.values()), norm=block.input_layernorm)
+        parts |= dict(zip(weights, y.split(widths, -1), strict=True))
+    gate = parts.get("gate_proj")
+    of = {name: y[:, None] for name, y in parts.items()}
     shaped = shape(
-        mixer, parts["qkv_proj"], write=parts.get("write_proj"), decay=parts.get("decay_proj"),
-        ridge=parts.get("ridge_proj"), mask=mask, history=state.conv, move=True,
+        mixer, of["qkv_proj"], write=of.get("write_proj"), decay=of.get("decay_proj"), ridge=of.get("ridge_proj"),
+        mask=mask, history=state.conv, move=True,
     )  # fmt: skip
     q, k, v = (z[:, 0] for z in (shaped.q, shaped.k, shaped.v))
     options: dict[str, Any] = {
         n: z[:, 0] if n in ("g", "ridge") and isinstance(z, Tensor) else z for n, z in shaped.options.items()
     }
-    o, _ = step(mixer.op, q, k, v, state.op, out_state=state.op, scale=mixer.scale, **options)
+    heads, _ = step(mixer.op, q, k, v, state.op, out_state=state.op, scale=mixer.scale, **options)
 
-    hidden = new(D)
-    gate = parts.get("gate_proj")
-    _project(
-        o.flatten(1), hidden, [mixer.o_proj.weight], norm=mixer.o_norm, gate=None if gate is None else gate[:, 0],
-        width=mixer.head_v_dim, per_head=True, residual=x,
-    )  # fmt: skip
-    inner = new(mlp.up_proj.weight.shape[0])
+    o = heads.flatten(1)
+    out_norm, width = mixer.o_norm, mixer.head_v_dim
     both = [mlp.gate_proj.weight, mlp.up_proj.weight]
-    _project(hidden, inner, both, norm=block.post_attention_layernorm, swiglu=True)
-    out = new(D)
-    _project(inner, out, [mlp.down_proj.weight], residual=hidden)
-    return out[:, None]
+    if tiles:
+        if B > ROWS:
+            o, gate, out_norm, width = _normed_gated(o, norm=out_norm, gate=gate, width=width), None, None, None
+        _project(o, hidden, [mixer.o_proj.weight], norm=out_norm, gate=gate, width=width, residual=x)
+        inner, out = x.new_empty(B, both[0].shape[0]), x.new_empty(B, D)
+        _project(hidden, inner, both, norm=block.post_attention_layernorm, swiglu=True)
+        _project(inner, out, [mlp.down_proj.weight], residual=hidden)
+        return out[:, None]
+    o = _normed_gated(o, norm=out_norm, gate=gate, width=width)  # (the residuals are in the outputs already)
+    hidden.addmm_(o, mixer.o_proj.weight.T)
+    normed = _normed_gated(hidden, norm=block.post_attention_layernorm)
+    left, right = (_multiply(normed, w) for w in both)
+    return hidden.addmm_(_normed_gated(right, gate=left), mlp.down_proj.weight.T)[:, None]
+
+
+def _multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """``x W^T`` in their dtype, whatever autocast wants."""
+    return torch.mm(x, weight.T, out=x.new_empty(x.shape[0], weight.shape[0]))
+
+
+def _normed_gated(
+    x: Tensor, *, norm: nn.RMSNorm | None = None, gate: Tensor | None = None, width: int | None = None,
+    copy: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """``norm(x) * silu(gate)`` in parts of a row of ``width`` numbers."""
+    if norm is None and gate is None:
+        return x
+    out, width = x.new_empty(x.shape), width or x.shape[1]
+    parts = x.shape[1] // width
+    launch(
+        normed_gated, x.shape[0] * parts, x, gate, None if norm is None else norm.weight, out, copy,
+        x.stride(0), 0 if gate is None else gate.stride(0), 0.0 if norm is None else float(norm.eps or 0.0),
+        PARTS=parts, WIDTH=width, BLOCK=block_of(width), warps=min(8, max(1, block_of(width) // 256)),
+    )  # fmt: skip
+    return out
+
+
+class Tile(NamedTuple):
+    """Rows of x, rows of a weight, columns of both at a time, and stages of the load pipeline."""
+
+    side: int
+    rows: int
+    columns: int
+    stages: int
+
+
+@functools.cache
+def _tile(B: int, sizes: tuple[int, ...], pair: bool, capability: tuple[int, int], multiprocessors: int) -> Tile:
+    """The tile with which the busiest multiprocessor reads least, for more than ROWS rows.
+
+    Wide tiles read x less often, narrow ones occupy all multiprocessors. pair: rows of two weights at a time (SWIGLU).
+    """
+
+    def programs(side: int, rows: int) -> int:
+        return -(-B // side) * sum(-(-n // rows) for n in sizes)
+
+    def read(tile: tuple[int, int]) -> int:
+        side, rows = tile
+        return -(-programs(side, rows) // multiprocessors) * (side + (1 + pair) * rows)
+
+    sides = [side for side in (64, 32, 16) if side <= B]
+    side, rows = min(itertools.product(sides, (16, 32, 64)), key=read)
+    little, height = little_memory(capability), side + (1 + pair) * rows
+    columns = (64 if little else 128) * (2 if height <= 64 else 1)
+    memory = 90_000 if little else 150_000 if capability < (9, 0) else 200_000
+    if programs(side, rows) > multiprocessors:
+        memory //= 2  # for two of them side by side
+    return Tile(side, rows, columns, max(2, min(5, memory // (2 * height * columns))))
 
 
 def _project(
     x: Tensor, out: Tensor, weights: list[Tensor], *, norm: nn.RMSNorm | None = None, gate: Tensor | None = None,
-    width: int | None = None, per_head: bool = False, swiglu: bool = False, residual: Tensor | None = None,
+    width: int | None = None, swiglu: bool = False, residual: Tensor | None = None,
 ) -> None:  # fmt: skip
-    (B, D), whole_heads = x.shape, width is None or width == block_of(width)
-    if B <= FEW and whole_heads:
-        kernel, columns, rows, stages = project_row, max(width or 16, min(block_of(D), 2048)), 4 if D > 1024 else 8, 1
-        side = triton.next_power_of_2(B)
-    else:
-        kernel, columns, rows, stages, side = project, block_of(width or 256), 16, 4 if width else 3, ROWS
+    """width: x is normalised in parts of so many numbers."""
+    B, D = x.shape
     sizes = [w.shape[0] for w in weights]
+    outputs = sizes[:1] if swiglu else sizes
+    warps = 4
+    if B <= FEW and (width is None or width == block_of(width)):
+        kernel, columns, stages = project_row, max(width or 16, min(block_of(D), 2048)), 1
+        side, rows = triton.next_power_of_2(B), 4 if D > 1024 else 8
+    elif B <= ROWS:
+        kernel, side, rows, columns, stages = project, ROWS, 16, block_of(width or 256), 4 if width else 3
+    else:  # (few kinds of batch, as each compiles its own)
+        kernel, config = project, device_config(x.device)
+        side, rows, columns, stages = _tile(triton.next_power_of_2(B), tuple(outputs), swiglu, *config)
+        warps = 4 if norm is None else 8  # one program to a multiprocessor, and it normalises its rows
     pad = 5 - len(weights)
     launch(
-        kernel, sum(-(-n // rows) for n in (sizes[:1] if swiglu else sizes)),
+        kernel, -(-B // side) * sum(-(-n // rows) for n in outputs),
         x, gate, None if norm is None else norm.weight, *weights, *[None] * pad, residual, out,
         B, x.stride(0), 0 if gate is None else gate.stride(0), out.stride(0), *sizes, *[0] * pad,
         0.0 if norm is None else float(norm.eps or 0.0),
-        D=D, WIDTH=width or 256, PER_HEAD=per_head, SWIGLU=swiglu, BN=rows, BK=columns, ROWS=side,
-        OPERAND=tl.float32 if INTERPRETED else OPERANDS[x.dtype], warps=4, stages=stages,
+        D=D, WIDTH=width or (columns if kernel is project else 256), PER_HEAD=width is not None, SWIGLU=swiglu,
+        BN=rows, BK=columns, ROWS=side, OPERAND=tl.float32 if INTERPRETED else OPERANDS[x.dtype], warps=warps,
+        stages=stages,
     )  # fmt: skip

@@ -20,6 +20,7 @@ from hla.layers import HigherOrderLinearAttention, RMSNorm
 from hla.models.cache_hla import HLACache
 from hla.models.configuration_hla import HLAConfig
 from hla.ops.checks import HAS_TRITON
+from hla.projection import project
 from hla.rotary import apply_rope, rope_cos_sin
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class HLAAttention(nn.Module):
         past_key_values: HLACache | None,
     ) -> Tensor:
         q, k, v = (
-            self.qkv_proj(hidden_states)
+            project(self.qkv_proj, hidden_states)
             .unflatten(-1, (-1, self.head_dim))
             .split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
         )
@@ -65,7 +66,7 @@ class HLAAttention(nn.Module):
             )
         else:
             o = self._attend(q, k, v, causal_mask(attention_mask, q.shape[2], None, self.layer_idx, q.device))
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+        return project(self.o_proj, o.transpose(1, 2).flatten(2))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         causal = mask is None and q.shape[2] > 1
@@ -115,7 +116,13 @@ class HLAMLP(nn.Module):
         self.hidden_act, self.act = config.hidden_act, ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = project(self.gate_proj, x), project(self.up_proj, x)
+        fuses = gate.is_cuda and HAS_TRITON and self.hidden_act in ("silu", "swish") and gate.dtype != torch.float64
+        if fuses and not torch.compiler.is_compiling():  # (which fuses for itself)
+            from hla.kernels.shape_training import silu_product
+
+            return self.down_proj(silu_product(gate, up))
+        return project(self.down_proj, self.act(gate) * up)
 
 
 class HLABlock(GradientCheckpointingLayer):
@@ -434,7 +441,7 @@ class HLAForCausalLM(HLAPreTrainedModel, GenerationMixin):
             return_dict=True,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = project(self.lm_head, outputs.last_hidden_state[:, kept])
         loss = None
         if labels is not None or shift_labels is not None:
             batch, length = outputs.last_hidden_state.shape[:2]

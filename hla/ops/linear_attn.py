@@ -22,7 +22,7 @@ several stages read meet in cache. `la` is a chain of one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -128,6 +128,7 @@ def la(
     mode: str = "inclusive",
     cu_seqlens: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    run: Callable[..., tuple[list[Tensor], list[Tensor]]] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """``o = gain * LA(q, k, v; g) + ridge * residual``: a `chain` of one stage.
 
@@ -136,6 +137,7 @@ def la(
         gain: float or ``[B, T, Hq]``. ridge: float or ``[B, T, Hq]``, with residual ``[B, T, Hr, V]``.
         initial_state: ``[B or N, Hs, K, V]`` with ``Hs = max(Hk, Hv, Hg)``.
         out_dtype: dtype of o; by default that of v.
+        run: what computes the chain, by default `chain`.
 
     Returns:
         o ``[B, T, max of all head counts, V]`` and the final state (float32 / float64), or None.
@@ -158,7 +160,7 @@ def la(
         residuals=() if residual is None else (("ridge" if isinstance(ridge, Tensor) else ridge, name(residual)),),
         mode=mode,
     )
-    (o,), finals = chain(
+    (o,), finals = (run or chain)(
         [stage],
         tensors,
         per_token,

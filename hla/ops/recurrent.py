@@ -94,7 +94,7 @@ def step(
         source = empty_state(call, rows)
         source = source.pack() if is_packed(out_state) else source  # type: ignore[union-attr]
     if state_indices is None:
-        o, new = update_all(call, source)
+        o, new = update_all(call, source, in_place=out_state is source and not torch.is_grad_enabled())
         if out_state is not None:
             return o, _write(new, out_state, None)
         return o, new if state is None else _map(lambda x, old: x.to(old.dtype), new, state)
@@ -112,17 +112,17 @@ def empty_state(call: Call, batch: int) -> State:
     )  # fmt: skip
 
 
-def update_all(call: Call, state: Any) -> tuple[Tensor, State]:
+def update_all(call: Call, state: Any, in_place: bool = False) -> tuple[Tensor, State]:
     """`update` by the one token of a step or by its T, with a state that may be packed."""
     packed = is_packed(state)
     if packed:
         state = state.unpack()
     if call.q.dim() == 3:
-        o, state = update(call, state)
+        o, state = update(call, state, in_place)
     else:
         outputs = []
         for token in _tokens(call, 0, call.q.shape[1]):
-            o, state = update(token, state)
+            o, state = update(token, state, in_place)
             outputs.append(o)
         o = torch.stack(outputs, 1)
     return o, state.pack() if packed else state
@@ -139,13 +139,16 @@ def _tokens(call: Call, start: int, end: int) -> Iterator[Call]:
         )  # fmt: skip
 
 
-def update(call: Call, state: State) -> tuple[Tensor, State]:
-    """The recurrence of one token: ``moment <- exp(g) moment + key x^T``, then ``x <- reading``; ``[B, H, D]``."""
+def update(call: Call, state: State, in_place: bool = False) -> tuple[Tensor, State]:
+    """The recurrence of one token: ``moment <- exp(g) moment + key x^T``, then ``x <- reading``; ``[B, H, D]``.
+
+    in_place: the moments of ``state`` are overwritten (those with the dtype of the computation).
+    """
     with no_autocast(call.q):
-        return _update(call, state)
+        return _update(call, state, in_place)
 
 
-def _update(call: Call, state: State) -> tuple[Tensor, State]:
+def _update(call: Call, state: State, in_place: bool) -> tuple[Tensor, State]:
     c, dtype = call, compute_dtype(call.q, call.v)
     S, moments, ones = unpack(c.op, c.order, state)
     q, k, v, p = (x.to(dtype) for x in (c.q, c.k, c.v, c.p))
@@ -154,13 +157,13 @@ def _update(call: Call, state: State) -> tuple[Tensor, State]:
     keys = {"k": k}
     if transforms_keys(c.op, c.order):
         assert S is not None
-        S = _accumulate(S, k, k, None if decay is None else decay * decay)
+        S = _accumulate(S, k, k, None if decay is None else decay * decay, in_place)
         keys["k~"] = _shape(_read(p, S) * c.scale, p, c.gain, c.ridge)
 
     def read(x: Tensor, old: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         new = []
         for reading, moment in zip(readings(c.op, c.order), old, strict=True):
-            moment = _accumulate(moment, keys[reading.keys], x, decay)
+            moment = _accumulate(moment, keys[reading.keys], x, decay, in_place)
             new.append(moment)
             gain, ridge = c.shaping(reading.shaped_by)
             x = _shape(_read(q if reading.query == "q" else p, moment) * c.scale, x, gain, ridge)
@@ -168,7 +171,7 @@ def _update(call: Call, state: State) -> tuple[Tensor, State]:
 
     if c.op == "hla_q":
         assert S is not None
-        S = _accumulate(S, k, k, decay)
+        S = _accumulate(S, k, k, decay, in_place)
         q = _query_side(c, q, S)
     o, moments = read(v, moments)
     if c.normalize:
@@ -183,13 +186,19 @@ def _query_side(c: Call, q: Tensor, S: Tensor) -> Tensor:
     """``x_order`` of `hla.ops.query_side`: towards ``(S + ridge I)^{-1} q``."""
     assert c.order is not None
     nodes = chebyshev_nodes(c.order, q.dtype, q.device) if c.nodes is None else c.nodes
+    heads, group = S.shape[0] * S.shape[1], q.shape[1] // S.shape[1]
+    trace = _to_heads(S.diagonal(dim1=-2, dim2=-1).sum(-1), q.shape[1])[..., None]
     ridge = c.ridge[..., None] if isinstance(c.ridge, Tensor) else c.ridge
-    trace = _to_heads(S.diagonal(dim1=-2, dim2=-1).sum(-1), q.shape[1])
-    theta = [ridge + (node * trace)[..., None] for node in nodes.to(q.dtype).expand(*q.shape[:2], -1).unbind(-1)]
-    x = q / theta[0]
-    for t in theta[1:]:
-        x = x + (q - _read(x, S) - ridge * x) / t
-    return x
+    steps = 1 / (nodes.to(q.dtype) * trace + ridge)
+    # From here on a batch of key heads, each with the queries of its group.
+    first, *later = steps.reshape(heads, group, steps.shape[-1], 1).unbind(2)
+    if isinstance(ridge, Tensor):
+        ridge = ridge.reshape(heads, group, 1)
+    start, S = q.reshape(heads, group, q.shape[-1]), S.flatten(0, 1)
+    x = start * first
+    for size in later:
+        x = torch.addcmul(x, torch.baddbmm(start, x, S, alpha=-1) - ridge * x, size)
+    return x.view(q.shape)
 
 
 def loop(call: Call) -> tuple[Tensor, State | None]:
@@ -213,12 +222,13 @@ def loop(call: Call) -> tuple[Tensor, State | None]:
     return o, finals[0] if c.cu_seqlens is None else _map(lambda *x: torch.cat(x), *finals)
 
 
-def _accumulate(moment: Tensor, key: Tensor, x: Tensor, decay: Tensor | None) -> Tensor:
+def _accumulate(moment: Tensor, key: Tensor, x: Tensor, decay: Tensor | None, in_place: bool) -> Tensor:
     """``exp(g) moment + key x^T``; ``moment [B, H, K, V]``, key and x with heads of which one divides the other."""
     heads = moment.shape[1]
+    target = moment if in_place and moment.dtype == key.dtype else None
     if decay is not None:
-        moment = moment * _to_heads(decay, heads)[..., None, None]
-    return moment + _to_heads(key, heads).unsqueeze(-1) * _to_heads(x, heads).unsqueeze(-2)
+        moment = torch.mul(moment, _to_heads(decay, heads)[..., None, None], out=target)
+    return torch.addcmul(moment, _to_heads(key, heads).unsqueeze(-1), _to_heads(x, heads).unsqueeze(-2), out=target)
 
 
 def _read(query: Tensor, moment: Tensor) -> Tensor:

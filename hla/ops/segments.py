@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hla.ops.checks import Call, check_call
+from hla.ops.checks import HAS_TRITON, Call, check_call
 from hla.ops.grouped import dot, mm, outer, scaled, sum_heads
 from hla.ops.higher_order import compose
 from hla.ops.layout import Uniform, wide
@@ -139,7 +139,7 @@ def _summary(c: Call) -> Segment:
     dtype = compute_dtype(c.q, c.v)
     decay = torch.zeros(c.k.shape[:3], dtype=wide(c.k.device), device=c.k.device)
     decay = decay if c.g is None else c.g.to(decay.dtype).clamp(min=-1000.0)
-    since_start = decay.cumsum(1)
+    since_start = decay.mT.contiguous().cumsum(2).mT  # (along the last dimension many times faster on a GPU)
     total = decay.sum(1)
     until_end = (total[:, None] - since_start).to(dtype)
     total, since_start = total.to(dtype), since_start.to(dtype)
@@ -149,9 +149,10 @@ def _summary(c: Call) -> Segment:
         return HLAQSegment(total, _moment(c.k, c.k, until_end), _moment(c.k, c.v, until_end))
     if c.op == "ahla" and c.order != 2:
         return _summary_ahla_n(c, total)
-    # Read several times from here on: their gradients are added up before they are rounded to a low precision.
-    k, p, v = c.k.to(dtype), c.p.to(dtype), c.v.to(dtype)
-    c = replace(c, k=k, p=k if c.p is c.k else p, v=v)
+    if not _has_kernels(c.k, c.v):
+        # Read several times from here on: their gradients are added up before they are rounded to a low precision.
+        k, p, v = c.k.to(dtype), c.p.to(dtype), c.v.to(dtype)
+        c = replace(c, k=k, p=k if c.p is c.k else p, v=v)
     p_gained = _per_token(c.p, c.gain) * c.scale
     if c.op == "ahla":
         values = _transformed(c, c.v, c.g, c.gain, c.ridge)
@@ -289,16 +290,30 @@ def advance(state: State, segment: Segment) -> State:
 def _transformed(c: Call, x: Tensor, g, gain, ridge, residual: Tensor | None = None) -> Tensor:
     """k~ or v~ of the segment itself: ``gain * scale * LA(p, k, x; g) + ridge * residual``."""
     residual = x if residual is None else residual
-    return la(c.p, c.k, x, g, gain=gain * c.scale, ridge=ridge, residual=residual, out_dtype=compute_dtype(c.q, c.v))[0]
+    run, dtype = None, compute_dtype(c.q, c.v)
+    if _has_kernels(c.k, c.v):
+        from hla.kernels.chain import chain
+
+        run, dtype = chain, torch.promote_types(c.p.dtype, x.dtype)
+    return la(c.p, c.k, x, g, gain=gain * c.scale, ridge=ridge, residual=residual, out_dtype=dtype, run=run)[0]
+
+
+def _has_kernels(a: Tensor, b: Tensor) -> bool:
+    return a.is_cuda and HAS_TRITON and compute_dtype(a, b) != torch.float64
 
 
 def _per_token(x: Tensor, w: float | Tensor) -> Tensor:
     return x * w[..., None] if isinstance(w, Tensor) else x * w
 
 
-def _moment(a: Tensor, b: Tensor, exponent: Tensor | None = None) -> Tensor:
+def _moment(a: Tensor, b: Tensor | None, exponent: Tensor | None = None) -> Tensor:
     """``sum_t exp(exponent_t) a_t b_t^T [B, H, Da, Db]`` of ``[B, T, H, D]`` tensors, H the larger head count."""
-    return _Moment.apply(a, None if b is a else b, None if exponent is None else exponent.exp())
+    b, w = None if b is a else b, None if exponent is None else exponent.exp()
+    if _has_kernels(a, a if b is None else b):
+        from hla.kernels.moment import moment
+
+        return moment(a, b, w)
+    return _Moment.apply(a, b, w)
 
 
 class _Moment(torch.autograd.Function):

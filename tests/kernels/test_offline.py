@@ -133,6 +133,7 @@ def launches_of_block(capability: int, _: str, B: int, hidden_size: int, heads: 
     from hla.models.modeling_hla import HLABlock
     from tests.kernels.offline import record
 
+    pretend(capability)
     kernels.step = lambda op, q, k, v, state, out_state, **options: (torch.zeros(q.shape, dtype=v.dtype), state)
     block = HLABlock(HLAConfig(hidden_size=hidden_size, num_attention_heads=heads), 0).to(torch.bfloat16)
     state = block.mixer.zero_state(B, torch.bfloat16, "cpu")

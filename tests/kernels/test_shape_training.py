@@ -74,3 +74,16 @@ def test_no_tokens():
     q, _, _ = shape_training.shaped(layer, x, torch.randn(2, 0, 4), None, None)
     q.sum().backward()
     assert x.grad.shape == x.shape
+
+
+def test_silu_product():
+    a, b, dout = (torch.randn(3, 1000, dtype=torch.float64) for _ in range(3))
+
+    def results(function, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [x.to(dtype).requires_grad_() for x in (a, b)]
+        out = function(*leaves)
+        return [out, *torch.autograd.grad(out, leaves, dout.to(dtype))]
+
+    truth = results(lambda x, y: torch.nn.functional.silu(x) * y, torch.float64)
+    for x, y in zip(results(shape_training.silu_product, torch.float32), truth, strict=True):
+        assert_close(x, y, 1e-6)

@@ -9,6 +9,7 @@ from hla.models.modeling_hla import HLABlock
 from tests.ops.cases import assert_close
 
 pytest.importorskip("triton")
+from hla.kernels import token as kernels
 from hla.kernels.token import fits, token
 
 COMMON = dict(hidden_size=40, num_attention_heads=4, intermediate_size=72, num_hidden_layers=1, vocab_size=16)
@@ -22,6 +23,8 @@ CASES = {
     ),
     "linear_attn": dict(op="linear_attn", feature_map="identity"),
 }
+# (rows, rows up to which there are tiles, multiprocessors): the fewer multiprocessors, the larger the tiles.
+MANY = [(17, 64, 132), (17, 16, 132), (33, 64, 2), (64, 64, 2), (70, 64, 132), (70, 128, 1)]
 
 
 def new_block(options: dict, dtype=torch.float32, device="cpu") -> HLABlock:
@@ -38,11 +41,40 @@ def new_block(options: dict, dtype=torch.float32, device="cpu") -> HLABlock:
 
 @pytest.mark.parametrize("rows,masked", [(1, False), (3, True)])
 @pytest.mark.parametrize("case", CASES)
-@torch.no_grad()
 def test_a_token_equals_the_block(case, masked, rows):
-    block = new_block(CASES[case])
+    check(new_block(CASES[case]), rows, masked)
+
+
+@pytest.mark.parametrize("rows,tiles,multiprocessors", MANY)
+@pytest.mark.parametrize("case", ["default", "grouped", "no gates"])
+def test_many_rows(case, rows, tiles, multiprocessors, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE_ROWS", tiles)
+    monkeypatch.setattr(kernels, "device_config", lambda device: ((9, 0), multiprocessors))
+    check(new_block(CASES[case]), rows, masked=True, tokens=2)
+
+
+def test_tiles_grow_with_the_batch_and_stay_narrow_where_few_programs_would_run():
+    capability, sizes = (9, 0), (2304, 768, 12, 12, 12)
+    sides = [kernels._tile(B, sizes, False, capability, 132).side for B in (32, 64, 128, 256)]
+    assert sides == [32, 64, 64, 64]
+    assert kernels._tile(32, (768,), False, capability, 132)[:2] == (16, 16)
+    assert kernels._tile(32, (2048,), False, capability, 132)[:2] == (32, 16)
+
+
+def test_an_input_cut_from_a_longer_one():
+    block, x = new_block({}), torch.randn(3, 5, 40)
+    states = [block.mixer.zero_state(3, torch.float32, "cpu") for _ in range(2)]
+    with torch.no_grad():
+        y, expected = (
+            token(block, z, state, None) for z, state in zip((x[:, 4:], x[:, 4:].clone()), states, strict=True)
+        )
+    assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def check(block: HLABlock, rows: int, masked: bool, tokens: int = 4) -> None:
     states = [block.mixer.zero_state(rows, torch.float32, "cpu") for _ in range(2)]
-    for t in range(4):
+    for t in range(tokens):
         x = torch.randn(rows, 1, 40)
         mask = torch.rand(rows, 1) > 0.5 if masked and t < 2 else None
         o, _ = block.mixer(block.input_layernorm(x), attention_mask=mask, state=states[0], out_state=states[0])
@@ -59,7 +91,7 @@ def test_what_it_does_not_do_goes_operation_by_operation():
     with torch.no_grad():
         assert fits(new_block({}, torch.bfloat16), x)
         assert not fits(new_block({}, torch.bfloat16), x[:1].expand(2, 2, 40))
-        assert not fits(new_block({}, torch.bfloat16), x[:1].expand(17, 1, 40))
+        assert fits(new_block({}, torch.bfloat16), x[:1].expand(300, 1, 40))
         assert not fits(new_block({}), x.float())
         for options in (dict(op="hla2"), dict(use_rope=True), dict(hidden_act="gelu"), dict(nodes="token")):
             assert not fits(new_block(options, torch.bfloat16), x)
