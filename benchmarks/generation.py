@@ -2,8 +2,9 @@
 
 HLA models of the sizes of `hla.models.SIZES` with random weights, beside Llama models of transformers with the same
 width, depth and heads (static cache and SDPA on a GPU, where both are captured in CUDA graphs; the growing cache on a
-CPU), and flash-linear-attention's GatedDeltaNet where it imports. Decoding steps are timed with a context that is
-already there (random keys and values; an HLA state does not know its length), reading is timed with a random prompt.
+CPU, where all kinds take turns), and flash-linear-attention's GatedDeltaNet where it imports. Decoding steps are timed
+with a context that is already there (random keys and values; an HLA state does not know its length), reading is timed
+with a random prompt.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.cuda.guard import Budget, free, guarded
 from benchmarks.cuda.probes import ceilings, in_graph
 from benchmarks.measure import environment, gpu_software, interleaved_medians, peak_bytes, say, synchronize, write_csv
 from hla.models import SIZES, HLACache, HLAConfig, HLAForCausalLM
+from hla.projection import project
 
 HLA, HLA_COMPILED, SOFTMAX, DELTA = "HLA", "HLA, compiled", "softmax (Llama)", "GatedDeltaNet (fla)"
+SOFTMAX_PROJECT = "softmax (Llama), hla.projection"
 
 
 def new_hla(size: str) -> HLAForCausalLM:
@@ -38,6 +41,27 @@ def new_softmax(size: str) -> Any:
         vocab_size=HLAConfig().vocab_size, tie_word_embeddings=True, max_position_embeddings=1 << 20, **SIZES[size]
     )
     return LlamaForCausalLM(config)
+
+
+class Projected(nn.Module):
+    """A linear map that reads its matrix the way HLA does."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return project(self.linear, x)
+
+
+def new_softmax_project(size: str) -> Any:
+    """The Llama with every matrix read by `hla.projection`: what is left of a difference is attention against HLA."""
+    model = new_softmax(size)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, Projected(child))
+    return model
 
 
 def new_delta(size: str) -> Any:
@@ -59,7 +83,7 @@ def new_delta(size: str) -> Any:
 class Models:
     """One model of a kind at a time, on the device, in evaluation mode."""
 
-    MAKERS = {HLA: new_hla, SOFTMAX: new_softmax, DELTA: new_delta}
+    MAKERS = {HLA: new_hla, SOFTMAX: new_softmax, SOFTMAX_PROJECT: new_softmax_project, DELTA: new_delta}
 
     def __init__(self, device: str, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
@@ -127,8 +151,39 @@ def delta_step(model: Any, batch: int) -> Callable[[], Tensor]:
     return step
 
 
+def decoding_in_turns(args: argparse.Namespace, models: Models, size: str) -> list[dict]:
+    """Rows of a size on a CPU, whose other work must hit all kinds alike: they take turns, token by token."""
+    kinds = [HLA] if args.alone else [HLA, SOFTMAX, SOFTMAX_PROJECT]
+    made = {kind: models.make(kind, size) for kind in kinds}
+    rows = []
+    for batch in args.batches:
+        for context in args.contexts:
+            runs: dict[str, Callable[[], object]] = {
+                kind: hla_step(model, batch, False) if kind == HLA else softmax_step(model, batch, context)
+                for kind, model in made.items()
+            }
+            for kind, ms in interleaved_medians(runs, args.device, args.seconds).items():
+                say(f"{size} {kind}, batch {batch}, context {context}: {ms:.3f} ms")
+                rows.append(decoding_row(size, kind, batch, context, ms))
+    return rows
+
+
+def decoding_row(
+    size: str, kind: str, batch: int, context: int, ms: float | None, floor: float | None = None,
+    memory: float | None = None, error: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    return {
+        "what": "decode", "size": size, "model": kind, "batch": batch, "context": context,
+        "ms": "" if ms is None else round(ms, 4),
+        "tokens_per_s": "" if ms is None else round(1e3 * batch / ms, 1),
+        "of_weights_floor": "" if ms is None or not floor else round(ms / floor, 2),
+        "cache_mib": "" if memory is None else round(memory, 1),
+        "error": error,
+    }  # fmt: skip
+
+
 def decoding(args: argparse.Namespace, models: Models, size: str, bandwidth: float, budget: Budget) -> list[dict]:
-    """Rows of a size: every batch, context and kind."""
+    """Rows of a size on a GPU: every batch, context and kind."""
     rows: list[dict[str, Any]] = []
     asked = {HLA: True, HLA_COMPILED: args.compile, SOFTMAX: not args.alone, DELTA: args.fla}
     kinds = [kind for kind, wanted in asked.items() if wanted]
@@ -148,7 +203,7 @@ def decoding(args: argparse.Namespace, models: Models, size: str, bandwidth: flo
                 if kind == SOFTMAX or run is None:
                     run = None
                     free()
-                    before = torch.cuda.memory_allocated() if args.device == "cuda" else 0
+                    before = torch.cuda.memory_allocated()
 
                     def prepare(kind=kind, model=model, batch=batch, context=context) -> Callable[[], object]:
                         if kind == SOFTMAX:
@@ -160,8 +215,7 @@ def decoding(args: argparse.Namespace, models: Models, size: str, bandwidth: flo
                         return in_graph([step], args.device)
 
                     run, error = guarded(prepare, budget=budget)
-                    if args.device == "cuda":
-                        memory = (torch.cuda.memory_allocated() - before) / 2**20
+                    memory = (torch.cuda.memory_allocated() - before) / 2**20
                 times, failed = None, error
                 if run is not None:
                     times, failed = guarded(interleaved_medians, {kind: run}, args.device, args.seconds, budget=budget)
@@ -173,17 +227,7 @@ def decoding(args: argparse.Namespace, models: Models, size: str, bandwidth: flo
         gc.collect()
         free()
     for (kind, batch, context), (ms, memory, error) in results.items():
-        floor = floors.get(kind)
-        rows.append(
-            {
-                "what": "decode", "size": size, "model": kind, "batch": batch, "context": context,
-                "ms": "" if ms is None else round(ms, 4),
-                "tokens_per_s": "" if ms is None else round(1e3 * batch / ms, 1),
-                "of_weights_floor": "" if ms is None or not floor or args.device == "cpu" else round(ms / floor, 2),
-                "cache_mib": "" if memory is None else round(memory, 1),
-                "error": error,
-            }
-        )  # fmt: skip
+        rows.append(decoding_row(size, kind, batch, context, ms, floors.get(kind), memory, error))
     return rows
 
 
@@ -229,7 +273,7 @@ def plot(rows: list[dict], path: Path) -> None:
     rows = [r for r in rows if r["what"] == "decode" and r["tokens_per_s"] != ""]
     batches = sorted({r["batch"] for r in rows})
     sizes = [s for s in SIZES if any(r["size"] == s for r in rows)]
-    styles = {HLA: "o-", HLA_COMPILED: "^-.", SOFTMAX: "s--", DELTA: "x:"}
+    styles = {HLA: "o-", HLA_COMPILED: "^-.", SOFTMAX: "s--", SOFTMAX_PROJECT: "d:", DELTA: "x:"}
     figure, axes = plt.subplots(1, len(batches), figsize=(1 + 4.2 * len(batches), 4.2), squeeze=False)
     for axis, batch in zip(axes[0], batches, strict=True):
         for i, size in enumerate(sizes):
@@ -258,9 +302,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 512, 2048])
     parser.add_argument("--prompts", type=int, nargs="*", default=[], help="lengths of prompts whose reading is timed")
-    parser.add_argument("--compile", action="store_true", help="also HLA through torch.compile, at batch 1")
+    parser.add_argument("--compile", action="store_true", help="on a GPU, also HLA through torch.compile, at batch 1")
     parser.add_argument("--alone", action="store_true", help="without the softmax model")
-    parser.add_argument("--fla", action="store_true", help="also flash-linear-attention's GatedDeltaNet")
+    parser.add_argument("--fla", action="store_true", help="on a GPU, also flash-linear-attention's GatedDeltaNet")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring per row")
     parser.add_argument("--budget", type=float, default=3600.0, help="seconds after which nothing new starts")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/generation_DEVICE.csv")
@@ -274,7 +318,10 @@ def main() -> None:
     with torch.inference_mode():
         bandwidth = ceilings(args.device, 0.1).bandwidth if args.device == "cuda" else 1.0
         for size in args.sizes:
-            rows += decoding(args, models, size, bandwidth, budget)
+            if args.device == "cpu":
+                rows += decoding_in_turns(args, models, size)
+            else:
+                rows += decoding(args, models, size, bandwidth, budget)
             rows += reading(args, models, size, budget)
             synchronize(args.device)
             write_csv(out, [{**r, "dtype": str(dtype).removeprefix("torch."), **where} for r in rows])

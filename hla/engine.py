@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hla.errors import HLAError
-from hla.layers import copy_state, map_state, state_tensors
+from hla.layer_state import copy_state, map_state, state_tensors
 
 if TYPE_CHECKING:
     from hla.models import HLACache, HLAForCausalLM

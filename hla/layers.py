@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,11 @@ from torch.nn import functional as F
 
 from hla.convolution import positions_in_packed, short_convolution
 from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
+from hla.layer_state import LayerState, copy_state, map_state
 from hla.ops.checks import HAS_TRITON, chebyshev_nodes, check_backend
 from hla.ops.higher_order import ahla, hla2, hla3, hla_q, linear_attn
 from hla.ops.recurrent import step
-from hla.ops.state import State, zeros
+from hla.ops.state import zeros
 from hla.projection import project
 from hla.rotary import apply_rope, rope_cos_sin
 
@@ -47,21 +48,6 @@ B_START = math.exp(-3.0)
 # bits per byte over the first few hundred steps, and far faster than taps near the identity.
 CONV_START_STD = 0.02
 START = {"ridge": 1.0, "gain": B_START, "value_ridge": 1.0, "value_gain": B_START}
-
-
-class LayerState(NamedTuple):
-    """What a layer keeps of the tokens it has seen; leading dimension B, or N with ``cu_seqlens``.
-
-    conv: ``[B, channels, conv_size - 1]``, the last inputs of the short convolution; None without convolution.
-    op: the operator's state, a NamedTuple such as ``HLA2State``.
-    position: int64 ``[B]``, the position of the next token; None without RoPE.
-
-    Floating point members are float32 (float64 if the layer runs in float64).
-    """
-
-    conv: Tensor | None
-    op: State
-    position: Tensor | None
 
 
 class RMSNorm(nn.RMSNorm):
@@ -336,10 +322,10 @@ class HigherOrderLinearAttention(nn.Module):
         """q, k, v ``[B, T, heads, dim]`` and p as the operator takes them, 0 at pads, and the convolution's state."""
         x = project(self.qkv_proj, hidden_states)
         if history is None and not wants_state and self._shapes_in_kernels(x):
-            from hla.kernels.shape_training import shaped
+            from hla.kernels.shape_training import shaped as shaped_in_kernels
 
             write = self.write_proj(hidden_states) if self.write_gate else None
-            return *shaped(self, x, write, mask, cu_seqlens), self.p, None
+            return *shaped_in_kernels(self, x, write, mask, cu_seqlens), self.p, None
         if mask is not None:
             x = x * mask  # what the convolution sees at pads
         conv = None
@@ -599,22 +585,3 @@ class HigherOrderLinearAttention(nn.Module):
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def map_state(function: Callable[[Tensor], Tensor], state: Any) -> Any:
-    """The state (or part of one) with ``function`` applied to every tensor."""
-    if isinstance(state, tuple):
-        return type(state)(*(map_state(function, x) for x in state))  # type: ignore[arg-type]
-    return None if state is None else function(state)
-
-
-def copy_state(out: LayerState, new: LayerState) -> None:
-    """Writes ``new`` into the tensors of ``out``, keeping their addresses."""
-    for target, source in zip(state_tensors(out), state_tensors(new), strict=True):
-        if target is not source:
-            target.copy_(source.detach())
-
-
-def state_tensors(state: LayerState) -> list[Tensor]:
-    """The tensors of a state, in a fixed order."""
-    return [x for x in (state.conv, *state.op, state.position) if x is not None]

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hla.layers import HigherOrderLinearAttention, LayerState, map_state, state_tensors
+from hla.layer_state import LayerState, map_state, state_tensors
+from hla.layers import HigherOrderLinearAttention
 from hla.loss import summed_cross_entropy
 
 IGNORED = -100

@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
-from hla.layers import state_tensors
+from hla.layer_state import state_tensors
 from hla.models import HLACache, HLACacheLayer, HLAConfig, HLAForCausalLM
 
 VOCAB = 40

@@ -15,7 +15,7 @@ import hla.generate
 from hla.engine import Engine, Request, sample_rows
 from hla.errors import HLAError
 from hla.generate import sample, stream
-from hla.layers import state_tensors
+from hla.layer_state import state_tensors
 from hla.models import HLACache, HLAConfig, HLAForCausalLM
 from tests.text_helpers import MICRO
 

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 import hla
 from hla import layers
 from hla.convolution import positions_in_packed, short_convolution
-from hla.layers import HigherOrderLinearAttention, LayerState, state_tensors
+from hla.layer_state import LayerState, state_tensors
+from hla.layers import HigherOrderLinearAttention
 from hla.rotary import apply_rope, rope_cos_sin
 
 HIDDEN = 24

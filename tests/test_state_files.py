@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from hla.errors import HLAError
 from hla.generate import read, stream
-from hla.layers import state_tensors
+from hla.layer_state import state_tensors
 from hla.models import HLACache, HLACacheLayer, HLAConfig, HLAForCausalLM
 from hla.models.state_file import digest, fingerprint, read_state
 from tests.test_cache import OPTIONS, VOCAB, close, every_option, make_model, random_ids
@@ -169,7 +169,9 @@ def test_compiled_decoding_goes_on_in_one_graph(state_file, model):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     one, other = HLACache.load(state_file, model), HLACache.load(state_file, model)
     for step in random_ids(1, 3).split(1, 1):
-        close(compiled(step, past_key_values=one).logits, model(step, past_key_values=other).logits)
+        logits = compiled(step, past_key_values=one).logits
+        # (Outside of a graph a CPU takes a shorter way for one token, which rounds differently.)
+        torch.testing.assert_close(logits, model(step, past_key_values=other).logits, rtol=1e-4, atol=1e-5)
     assert len(graphs) == 1
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -300,13 +300,13 @@ def _gated_norm(
         tl.store(DWEIGHT + tl.program_id(0) * D + d, dweight, mask=in_d)
 
 
-def _run_gated_norm(plan: str, o, gate, weight, dout) -> list[Tensor | None]:
+def _run_gated_norm(plan: str, o: Tensor, gate: Tensor | None, weight: Tensor, dout: Tensor | None) -> list[Any]:
     """[output], or with its gradient [those of o, gate, weight]."""
     D, size = o.shape[-1], block(o.shape[-1])
     rows, tokens = o.numel() // D, max(1, NUMBERS // size)
     steps = 1 if dout is None else max(1, min(STEPS, rows // tokens // 256))
     programs = -(-rows // (tokens * steps))
-    results = [torch.empty_like(o)]
+    results: list[Any] = [torch.empty_like(o)]
     if dout is not None:
         results += [None if gate is None else torch.empty_like(gate), o.new_empty(programs, D, dtype=torch.float32)]
     if rows:
@@ -319,9 +319,9 @@ def _run_gated_norm(plan: str, o, gate, weight, dout) -> list[Tensor | None]:
 
 
 def _norm_backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
-    do, dgate, dweight = _run_gated_norm(plan, *tensors, grads[0].contiguous())
-    assert dweight is not None
-    found = [do, dgate, dweight.sum(0).to(tensors[2].dtype)]
+    o, gate, weight = tensors
+    do, dgate, dweight = _run_gated_norm(plan, o, gate, weight, grads[0].contiguous())
+    found = [do, dgate, dweight.sum(0).to(weight.dtype)]
     return [y if need else None for y, need in zip(found, needed, strict=True)]
 
 
@@ -337,7 +337,7 @@ _norm_operation = Operation(
 def gated_norm(norm: RMSNorm, o: Tensor, gate: Tensor | None) -> Tensor:
     """``norm(o).flatten(2) * silu(gate)``: o ``[B, T, H, D]``, gate ``[B, T, H D]`` or None, in the dtype of o."""
     (out,) = _norm_operation(
-        repr(float(norm.eps)), 1, o.contiguous(), None if gate is None else gate.contiguous(), norm.weight
+        repr(norm.eps), 1, o.contiguous(), None if gate is None else gate.contiguous(), norm.weight
     )
     return out.flatten(2)
 
@@ -366,7 +366,8 @@ def _run_silu_product(a: Tensor, b: Tensor, dout: Tensor | None) -> list[Tensor]
 
 
 def _product_backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
-    found = _run_silu_product(*tensors, grads[0].contiguous())
+    a, b = tensors
+    found = _run_silu_product(a, b, grads[0].contiguous())
     return [y if need else None for y, need in zip(found, needed, strict=True)]
 
 

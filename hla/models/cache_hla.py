@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
 
 from hla.errors import HLAError
-from hla.layers import HigherOrderLinearAttention, LayerState, map_state, state_tensors
+from hla.layer_state import LayerState, map_state, state_tensors
+from hla.layers import HigherOrderLinearAttention
 from hla.models.configuration_hla import HLAConfig
 from hla.models.state_file import Fingerprint, base_of, check_model, fingerprint, read_state, write_state
 from hla.ops.state import state_class

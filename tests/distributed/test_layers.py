@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from hla.distributed import SequenceParallel
-from hla.layers import LayerState, map_state, state_tensors
+from hla.layer_state import LayerState, map_state, state_tensors
 from tests.ops.cases import F64, assert_close, gradients
 from tests.test_layers import HIDDEN, OPTIONS, make_layer
 

@@ -8,7 +8,7 @@ import torch
 
 import hla
 from hla.generate import Engine, stream
-from hla.layers import copy_state
+from hla.layer_state import copy_state
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 

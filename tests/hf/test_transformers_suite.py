@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers.models.auto import modeling_auto
 
-from hla.layers import state_tensors
+from hla.layer_state import state_tensors
 from hla.models import HLACache, HLACacheLayer, HLAConfig, HLAForCausalLM, HLAModel
 
 SOURCE = os.environ.get("TRANSFORMERS_SOURCE")
