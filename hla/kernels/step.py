@@ -91,13 +91,19 @@ def _pick(xs, readers, reader):
 
 
 @triton.jit
-def _in_S(kv, rows, wide, K: tl.constexpr, PACKED: tl.constexpr):
-    """Where ``S[rows, wide]`` of a head lies, whether it exists, and whether it is stored there and not mirrored."""
+def _in_S(kv, rows, wide, K: tl.constexpr, PACKED: tl.constexpr, MIRRORED: tl.constexpr):
+    """Where ``S[rows, wide]`` of a head lies, whether it exists, and whether it is stored there and not mirrored.
+
+    Without MIRRORED, where what is stored lies: the compiler sees that rows of a tile are contiguous.
+    """
     r, c = rows[:, None], wide[None, :]
     if PACKED:
         TILES: tl.constexpr = (K + 15) // 16
         stored = c // 16 <= r // 16
-        i, j = tl.where(stored, r, c), tl.where(stored, c, r)
+        if MIRRORED:
+            i, j = tl.where(stored, r, c), tl.where(stored, c, r)
+        else:
+            i, j = r, c
         tile = (i // 16) * (i // 16 + 1) // 2 + j // 16
         at = kv * (TILES * (TILES + 1) // 2 * 256) + tile * 256 + (i % 16) * 16 + j % 16
         exists = (r < TILES * 16) & (c < TILES * 16)
@@ -174,7 +180,7 @@ def _step_kernel(
         keys = tl.zeros((READERS, BK), tl.float32)
         for first in range(0, (K + 15) // 16 * 16, BI):
             rows = first + tl.arange(0, BI)
-            S_at, _, S_stored = _in_S(kv, rows, wide, K, True)
+            S_at, _, S_stored = _in_S(kv, rows, wide, K, True, False)
             mirrored = wide[None, :] // 16 < rows[:, None] // 16  # tiles left of the diagonal stand for two
             S = _old(S_old if S_old is None else S_old + slot * S_old_b, S_at, S_stored)
             for t in range(T):
@@ -198,7 +204,7 @@ def _step_kernel(
         in_rows = rows < K
         inside = in_rows[:, None] & in_v[None, :]
         if KEYS and not PACKED:
-            S_at, S_inside, _ = _in_S(kv, rows, wide, K, False)
+            S_at, S_inside, _ = _in_S(kv, rows, wide, K, False, False)
             S = _old(S_old if S_old is None else S_old + slot * S_old_b, S_at, S_inside)
             if T > 1:
                 before = S  # every head of p goes through the tokens
@@ -288,7 +294,7 @@ def _query_side_kernel(
     in_k = wide < K
     readers = tl.arange(0, READERS)  # t * HEADS + head
     if BI == BK:
-        at, inside, stored = _in_S(kv, wide, wide, K, PACKED)
+        at, inside, stored = _in_S(kv, wide, wide, K, PACKED, False)
         S = _old(S_old if S_old is None else S_old + slot * S_old_b, at, stored)
         if PACKED:
             S += tl.trans(tl.where(wide[None, :] // 16 < wide[:, None] // 16, S, 0.0))
@@ -305,7 +311,7 @@ def _query_side_kernel(
             trace = 0.0
             for first in range(0, BK, BI):
                 rows = first + tl.arange(0, BI)
-                at, inside, stored = _in_S(kv, rows, wide, K, PACKED)
+                at, inside, stored = _in_S(kv, rows, wide, K, PACKED, True)
                 if t == 0:
                     S = _old(S_old if S_old is None else S_old + slot * S_old_b, at, inside)
                 else:
@@ -331,7 +337,7 @@ def _query_side_kernel(
                     read = tl.zeros((BK,), tl.float32)
                     for first in range(0, BK, BI):
                         rows = first + tl.arange(0, BI)
-                        at, inside, _ = _in_S(kv, rows, wide, K, PACKED)
+                        at, inside, _ = _in_S(kv, rows, wide, K, PACKED, True)
                         part = tl.sum(_old(S_new + slot * S_new_b, at, inside) * xj[None, :], 1)
                         part = tl.reshape(tl.broadcast_to(part[None, :], (BK // BI, BI)), (BK,))
                         read = tl.where(wide // BI == first // BI, part, read)
