@@ -61,6 +61,15 @@ def short_convolution(
     return y, last.mT.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
 
 
+def history_after(history: Tensor | None, x: Tensor, before: int) -> Tensor:
+    """The last ``before`` inputs ``[B, C, before]``, float32 (or float64), after x ``[B, T, C]``."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if history is None:
+        history = x.new_zeros(x.shape[0], x.shape[2], before, dtype=dtype)
+    last = x[:, max(0, x.shape[1] - before) :].mT.to(dtype)
+    return torch.cat([history.to(dtype), last], 2)[:, :, last.shape[2] :].contiguous()
+
+
 class _ShiftedSum(torch.autograd.Function):
     """``y_t = sum_s weight[:, K-1-s] x_{t-s}``, terms with ``reach[s-1, t] = 0`` left out.
 

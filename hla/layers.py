@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hla.convolution import positions_in_packed, short_convolution
+from hla.convolution import history_after, positions_in_packed, short_convolution
 from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
 from hla.layer_state import LayerState, copy_state, map_state
 from hla.ops.checks import HAS_TRITON, chebyshev_nodes, check_backend
@@ -321,16 +321,25 @@ class HigherOrderLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | str | None, Tensor | None]:
         """q, k, v ``[B, T, heads, dim]`` and p as the operator takes them, 0 at pads, and the convolution's state."""
         x = project(self.qkv_proj, hidden_states)
-        if history is None and not wants_state and self._shapes_in_kernels(x):
+        parallel = self.sequence_parallel
+        continued = history is not None or wants_state or parallel is not None
+        if self._shapes_in_kernels(x) and not (continued and cu_seqlens is not None):
             from hla.kernels.shape_training import shaped as shaped_in_kernels
 
+            conv = None
+            if continued and self.conv_size:
+                last = x[:, max(0, x.shape[1] - self.conv_size + 1) :]
+                last = last if mask is None else last * mask[:, mask.shape[1] - last.shape[1] :]
+                if parallel is not None:
+                    history, conv = parallel.convolution_history(last, x.shape[1], self.conv_size - 1, history)
+                elif wants_state:
+                    conv = history_after(history, last, self.conv_size - 1)
             write = self.write_proj(hidden_states) if self.write_gate else None
-            return *shaped_in_kernels(self, x, write, mask, cu_seqlens), self.p, None
+            return *shaped_in_kernels(self, x, write, mask, cu_seqlens, history), self.p, conv
         if mask is not None:
             x = x * mask  # what the convolution sees at pads
         conv = None
         if self.conv_size:
-            parallel = self.sequence_parallel
             convolution = short_convolution if parallel is None else parallel.short_convolution
             x, conv = convolution(x, self.conv_weight, cu_seqlens, history, wants_state)
         dims = [self.head_dim, self.head_dim, self.head_v_dim, self.head_dim][: len(self.split_sizes)]
@@ -366,8 +375,7 @@ class HigherOrderLinearAttention(nn.Module):
 
     def _shapes_in_kernels(self, x: Tensor) -> bool:
         """Whether kernels with a gradient do what lies between the projection of q, k, v and the operator."""
-        alone = self.sequence_parallel is None and self.rope_theta is None and len(self.split_sizes) == 3
-        return alone and self._has_kernels(x)
+        return self.rope_theta is None and len(self.split_sizes) == 3 and self._has_kernels(x)
 
     def _operate(
         self,

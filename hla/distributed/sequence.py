@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from hla.convolution import positions_in_packed, short_convolution
+from hla.convolution import history_after, positions_in_packed, short_convolution
 from hla.distributed.exchange import Exchange
 from hla.distributed.packing import Packing, fold, rebuilt
 from hla.ops import dispatch
@@ -157,8 +157,34 @@ class SequenceParallel:
         local = None if packing is None else packing.local
         if before == 0 or self.size == 1:
             return short_convolution(x, weight, local, history, output_history)
+        start, ends = self._history(x, x.shape[1], before, history, output_history, packing)
+        y, own = short_convolution(x, weight, local, start, output_history)
+        if packing is None or not output_history:
+            return y, ends
+        assert own is not None
+        return y, packing.collected((own,), self.group)[0]
+
+    def convolution_history(
+        self, x: Tensor, length: int, before: int, history: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The last ``before`` inputs before this rank's piece and before what follows the sequence.
+
+        Args:
+            x: the last (at least ``before``) inputs of this rank's piece, which has ``length``: ``[B, T, C]``.
+            history: what was before the whole sequence, ``[B, C, before]``, as are both results.
+        """
+        if before == 0:
+            return history, history_after(history, x, 0)
+        if self.size == 1:
+            return history, history_after(history, x, before)
+        return self._history(x, length, before, history, True, None)
+
+    def _history(
+        self, x: Tensor, length: int, before: int, history: Tensor | None, wants_end: bool, packing: Packing | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What enters this piece (one row per sequence), and what leaves the last one (None: packed, or not wanted)."""
         dtype = torch.promote_types(x.dtype, torch.float32)
-        borders = self.borders(x.shape[1])
+        borders = self.borders(length)
         own = x[:, max(0, x.shape[1] - before) :].to(dtype)
         own = torch.nn.functional.pad(own, (0, 0, before - own.shape[1], 0))
         exchange = Exchange([own], self.group)
@@ -176,16 +202,10 @@ class SequenceParallel:
             return (torch.where((place + m >= before)[:, None], told[j], earlier),)
 
         initial = (history.mT,)
-        (entering,), final = fold(initial, after, self.rank, self.size if output_history else None, packing)
+        ends = self.size if wants_end and packing is None else None
+        (entering,), final = fold(initial, after, self.rank, ends, packing)
         start = entering if packing is None else packing.placed((entering,), initial)[0]
-        y, ends = short_convolution(x, weight, local, start.mT, output_history)
-        if not output_history:
-            return y, None
-        if packing is not None:
-            assert ends is not None
-            return y, packing.collected((ends,), self.group)[0]
-        assert final is not None
-        return y, final[0].mT.contiguous()
+        return start.mT, None if final is None else final[0].mT.contiguous()
 
     def positions_in_packed(self, cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """`hla.convolution.positions_in_packed` for the ``length`` tokens of this rank."""

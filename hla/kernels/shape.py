@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hla.convolution import history_after
 from hla.kernels.configs import block
 from hla.kernels.launch import launch
 
@@ -222,7 +223,4 @@ def project(
     last = qkv[:, max(0, qkv.shape[1] - before) :]
     if mask is not None:
         last = last * mask[:, mask.shape[1] - last.shape[1] :]
-    if history is None:
-        history = qkv.new_zeros(qkv.shape[0], mixer.channels, before, dtype=torch.float32)
-    history = torch.cat([history, last.mT.float()], 2)[:, :, last.shape[1] :].contiguous()
-    return *shaped[:3], history, shaped.options
+    return *shaped[:3], history_after(history, last, before), shaped.options

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from hla.convolution import positions_in_packed
 from hla.kernels.configs import block
@@ -240,13 +241,21 @@ def shaped(
     write: Tensor | None,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    history: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q ``[B, T, HQ, K]``, k and v of a layer without rope and own inner query, parts of one tensor, differentiable.
 
     Args:
         qkv: ``[B, T, channels]``. write: logits of the write gate ``[B, T, HKV]``, or None. mask: ``[B, T, 1]``, false
             at pads, or None. cu_seqlens: borders of packed sequences, which the convolution does not cross.
+        history: ``[B, channels, conv_size - 1]``, what the convolution saw before; not with cu_seqlens.
     """
+    before = 0
+    if history is not None and history.shape[2]:  # as more tokens in front, whose results are left out
+        before = history.shape[2]
+        qkv = torch.cat([history.mT.to(qkv.dtype), qkv], 1)
+        write = None if write is None else F.pad(write, (0, 0, before, 0))
+        mask = None if mask is None else F.pad(mask, (0, 0, before, 0), value=True)
     begin = None
     if cu_seqlens is not None and mixer.conv_size > 1:
         begin = torch.arange(qkv.shape[1], device=qkv.device) - positions_in_packed(cu_seqlens, qkv.shape[1])[1]
@@ -255,7 +264,7 @@ def shaped(
         _plan(mixer), 1, qkv.contiguous(), mixer.conv_weight if mixer.conv_size else None,
         None if write is None else write.contiguous(), None if mask is None else mask.contiguous(), begin,
     )  # fmt: skip
-    q, k, v = out.split(mixer.split_sizes, -1)
+    q, k, v = out[:, before:].split(mixer.split_sizes, -1)
     dims = mixer.head_dim, mixer.head_dim, mixer.head_v_dim
     q, k, v = (part.unflatten(-1, (-1, dim)) for part, dim in zip((q, k, v), dims, strict=True))
     return q, k, v

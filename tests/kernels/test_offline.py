@@ -43,7 +43,7 @@ STEP_MAY_SPILL = {
     (90, "hla2", 1, 128, 1, True): 0,
     (90, "hla3", 256, 128, 8, True): 0,
     (90, "hla_q", 256, 128, 8, False): 0,
-    (90, "hla_q", 256, 128, 1, True): 48,
+    (90, "hla_q", 256, 128, 1, True): 0,
     (90, "hla_q", 256, 256, 8, True): 0,
     (80, "hla3", 256, 256, 8, True): 0,
     (86, "hla2", 256, 128, 4, True): 0,
@@ -54,6 +54,14 @@ BLOCK_MAY_SPILL = {
     (90, "block", 1, 2048, 16): 0,
     (90, "block", 16, 2048, 16): 0,
     (86, "block", 16, 768, 12): 0,
+    (90, "block", 32, 768, 12): 0,
+    (90, "block", 32, 2048, 16): 0,
+    (90, "block", 64, 1024, 16): 0,
+    (90, "block", 64, 2048, 16): 0,
+    (90, "block", 100, 2048, 16): 0,
+    (80, "block", 64, 768, 12): 16,
+    (86, "block", 32, 768, 12): 0,
+    (89, "block", 64, 2048, 16): 0,
 }
 # (capability, "readings", K = V, dtype): the kernels of hla_q of order 4, forward and backward: likewise.
 READINGS_MAY_SPILL = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hla import HigherOrderLinearAttention
+from hla.layer_state import state_tensors
 from tests.kernels.test_shape import CASES, new_layer
 from tests.ops.cases import assert_close
 
@@ -66,6 +67,30 @@ def test_kernels_equal_the_operations(case, how, monkeypatch):
             assert found[name] is None or not found[name].any()
         else:
             assert_close(found[name], y, 1e-3, name)  # (what hla_q does to float32)
+
+
+@pytest.mark.parametrize("case", ["default", "no gates", "many taps", "no conv"])
+def test_a_layer_that_goes_on_has_the_same_gradients(case, monkeypatch):
+    """Pieces of which the second is shorter than the convolution."""
+    layer = new_layer(CASES[case])
+    x, dy = torch.randn(2, 12, 40), torch.randn(2, 12, 40)
+
+    def in_pieces(dtype: torch.dtype) -> list[torch.Tensor]:
+        moved = layer.to(dtype)
+        inputs, state, outputs = x.to(dtype).requires_grad_(), None, []
+        for piece in inputs.split([7, 2, 3], 1):
+            y, state = moved(piece, state=state, output_state=True)
+            outputs.append(y)
+        total = (torch.cat(outputs, 1) * dy.to(dtype)).sum() + sum(s.square().sum() for s in state_tensors(state))
+        used = [p for p in moved.parameters() if p.requires_grad]
+        return [*outputs, *torch.autograd.grad(total, [inputs, *used], allow_unused=True)]
+
+    truth = in_pieces(torch.float64)
+    monkeypatch.setattr(HigherOrderLinearAttention, "_has_kernels", lambda *_: True)
+    for a, b in zip(in_pieces(torch.float32), truth, strict=True):
+        assert (a is None) == (b is None) or not a.any()
+        if b is not None:
+            assert_close(a, b, 1e-3)
 
 
 def test_no_tokens():
