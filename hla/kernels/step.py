@@ -178,6 +178,7 @@ def _step_kernel(
 
     if PACKED:
         keys = tl.zeros((READERS, BK), tl.float32)
+        parts = tl.zeros((BI, BK), tl.float32)  # of the only reader: added up over rows once, not for every block
         for first in range(0, (K + 15) // 16 * 16, BI):
             rows = first + tl.arange(0, BI)
             S_at, _, S_stored = _in_S(kv, rows, wide, K, True, False)
@@ -193,9 +194,14 @@ def _step_kernel(
                     S_p = tl.sum(S * _vector(p_at, wide, in_k)[None, :], 1)
                     both = tl.where(mirrored, S * _vector(p_at, rows, rows < K)[:, None], 0.0)
                     both += tl.where(rows[:, None] == wide[None, :], S_p[:, None], 0.0)
-                    keys += tl.where((readers == t * HEADS + j)[:, None], tl.sum(both, 0)[None, :], 0.0)
+                    if T * GP == 1:
+                        parts += both
+                    else:
+                        keys += tl.where((readers == t * HEADS + j)[:, None], tl.sum(both, 0)[None, :], 0.0)
             tl.debug_barrier()
             _write(S_new + slot * S_new_b, S_at, S, S_stored)
+        if T * GP == 1:
+            keys += tl.where((readers == 0)[:, None], tl.sum(parts, 0)[None, :], 0.0)
 
     out = tl.zeros((READERS, BV), tl.float32)
     sums = tl.zeros((READERS,), tl.float32)

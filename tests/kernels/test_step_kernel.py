@@ -117,6 +117,13 @@ def test_several_tokens_of_a_bfloat16_state_round_it_once(op):
 packs = pytest.mark.parametrize("op", [op for op in PATHS if op not in ("linear_attn", "ahla")])
 
 
+@pytest.mark.parametrize("op", ["hla2", "hla3"])
+@pytest.mark.parametrize("K,V", [(16, 16), (40, 21), (130, 5)])
+def test_a_packed_state_with_one_reader(op, K, V):
+    call = make(op, HQ=2, HKV=2, K=K, V=V)
+    assert_equals_torch(call, some_state(call).pack())
+
+
 @packs
 @pytest.mark.parametrize("T,K,V", [(3, 5, 3), (None, 16, 16), (2, 40, 21), (None, 130, 5)])
 @pytest.mark.parametrize("few", [0, 264])
