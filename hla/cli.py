@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from hla.errors import HLAError
 from hla.train_config import TrainConfig, resolve
 
 DEFAULT = TrainConfig()
+# Seconds that the other ranks leave to the one that says why all of them end, before torchrun ends it as well.
+TIME_TO_TELL = 30
 app = typer.Typer(
     name="hla",
     help="Language models with Higher-order Linear Attention: train, tokenize, evaluate, generate, inspect.",
@@ -60,8 +63,26 @@ def _in_one_sentence(command: Callable[..., None]) -> Callable[..., None]:
 def _fail(sentence: str, error: BaseException, status: int = 1) -> None:
     if os.environ.get("HLA_DEBUG"):
         raise error
-    print(f"hla: {sentence}", file=sys.stderr)
+    _tell(f"hla: {sentence}", error)
     raise typer.Exit(status)
+
+
+def _tell(sentence: str, error: BaseException) -> None:
+    """Print what ended a command; of several ranks that have the same error, on the first one alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from hla.distributed.world import tells
+
+        if not tells(error):
+            if not isinstance(error, KeyboardInterrupt):
+                _let_tell()
+            return
+    print(sentence, file=sys.stderr)
+
+
+def _let_tell() -> None:
+    """Wait to be ended by torchrun, which does that to all ranks when one of them ends."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(TIME_TO_TELL)
 
 
 @app.command(name="train")
@@ -123,20 +144,28 @@ def train_command(
     seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = DEFAULT.seed,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = DEFAULT.device,
     dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32 or bfloat16.")] = DEFAULT.dtype,
+    dp: Annotated[
+        int | None,
+        typer.Option(help="Under torchrun: ranks that share the rows of a batch (default: all that are left)."),
+    ] = None,
+    sp: Annotated[int, typer.Option(help="Under torchrun: ranks that share each sequence.")] = DEFAULT.sp,
+    tp: Annotated[int, typer.Option(help="Under torchrun: ranks that share the heads of each layer.")] = DEFAULT.tp,
 ) -> None:
     """Train a model on text and save it as a Hugging Face model folder. Ctrl-C saves and ends."""
+    from hla.distributed.world import before_meeting
     from hla.train import train
 
-    given = {name: value for name, value in context_.params.items() if _is_given(context_, name)}
-    given.pop("config", None)
-    if "data" in given:
-        given["data"] = tuple(given["data"])
-    if "weights" in given:
-        given["weights"] = _numbers("--weights", weights)
-    if "set_" in given:
-        given["model"] = dict(_setting(text) for text in given.pop("set_"))
-    settings = resolve(given, config)
-    console = Console(stderr=True)
+    with before_meeting():
+        given = {name: value for name, value in context_.params.items() if _is_given(context_, name)}
+        given.pop("config", None)
+        if "data" in given:
+            given["data"] = tuple(given["data"])
+        if "weights" in given:
+            given["weights"] = _numbers("--weights", weights)
+        if "set_" in given:
+            given["model"] = dict(_setting(text) for text in given.pop("set_"))
+        settings = resolve(given, config)
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     result = train(settings, console)
     say = functools.partial(console.print, markup=False, highlight=False, soft_wrap=True)
     rate = result.tokens / max(result.seconds, 1e-9)
@@ -431,7 +460,10 @@ def main() -> None:
         # Typer's own usage errors, which it would print as a box; its class has moved between releases.
         if not hasattr(error, "format_message"):
             raise
-        print(f"hla: {error.format_message()} (see hla --help)", file=sys.stderr)
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            _let_tell()
+        else:
+            print(f"hla: {error.format_message()} (see hla --help)", file=sys.stderr)
         status = 2
     sys.exit(status)
 

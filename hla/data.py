@@ -491,10 +491,14 @@ class TokenStream:
 
         The last batch of an epoch may have fewer rows.
         """
+        return pack_rows(self.batch_rows(epoch, step, rows=rows, context=context, seed=seed))
+
+    def batch_rows(self, epoch: int, step: int, *, rows: int, context: int, seed: int = 0) -> list[Row]:
+        """What :meth:`batch` packs."""
         if not 0 <= step < self.steps_per_epoch(rows, context):
             raise ValueError(f"step must be in [0, {self.steps_per_epoch(rows, context)}), not {step}")
-        count = len(self) // context
-        return self.pack([self.row(epoch, i, context, seed) for i in range(step * rows, min((step + 1) * rows, count))])
+        last = min((step + 1) * rows, len(self) // context)
+        return [(self, *self.row(epoch, i, context, seed)) for i in range(step * rows, last)]
 
     def row(self, epoch: int, index: int, context: int, seed: int) -> tuple[int, int]:
         """(start, length) of the ``index``-th row of an epoch, which has ``len(self) // context`` rows."""
@@ -513,7 +517,10 @@ class TokenStream:
         return pack_rows([(self, start, length) for start, length in pieces])
 
 
-def pack_rows(pieces: Sequence[tuple[TokenStream, int, int]]) -> Batch:
+Row = tuple[TokenStream, int, int]  # stream, start, length
+
+
+def pack_rows(pieces: Sequence[Row]) -> Batch:
     """Pack pieces (stream, start, length) into one batch, with borders at their starts and at documents."""
     inputs, targets, borders = [], [], []
     filled = 0

@@ -17,9 +17,12 @@ class Metrics:
 
     TensorBoard's own writer works in a thread of its own, where a full disk ends in a traceback; written here, its
     events fail like everything else.
+
+    Args:
+        folder: of the run; None keeps and writes nothing, for ranks that leave it to the first one.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.records: list[dict[str, Any]] = []
         self._folder = folder
         self._files = ExitStack()
@@ -30,6 +33,8 @@ class Metrics:
         Args:
             records: how many there were when the run was at this step; later ones are forgotten.
         """
+        if self._folder is None:
+            return
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
         from tensorboard.summary.writer.record_writer import RecordWriter
 
@@ -51,6 +56,8 @@ class Metrics:
 
     def add(self, kind: str, record: dict[str, Any]) -> None:
         """Log a record with ``step`` and numbers; ``kind`` groups them in TensorBoard. Raises OSError."""
+        if self._folder is None:
+            return
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 

@@ -13,6 +13,7 @@ import numpy as np
 from hla.data import (
     Batch,
     Document,
+    Row,
     TokenStream,
     build_tokenizer,
     encode_documents,
@@ -72,9 +73,13 @@ class Mixture:
 
     def batch(self, index: int, *, rows: int, context: int, seed: int = 0) -> Batch:
         """The ``index``-th batch since the beginning of the run."""
-        return pack_rows([self.row(n, context, seed) for n in range(index * rows, (index + 1) * rows)])
+        return pack_rows(self.batch_rows(index, rows=rows, context=context, seed=seed))
 
-    def row(self, number: int, context: int, seed: int) -> tuple[TokenStream, int, int]:
+    def batch_rows(self, index: int, *, rows: int, context: int, seed: int = 0) -> list[Row]:
+        """What :meth:`batch` packs."""
+        return [self.row(n, context, seed) for n in range(index * rows, (index + 1) * rows)]
+
+    def row(self, number: int, context: int, seed: int) -> Row:
         """(stream, start, length) of a row, by its number since the beginning of the run."""
         block, within = divmod(number, BLOCK)
         if (seed, block) not in self._order:
@@ -94,12 +99,17 @@ class Mixture:
 
 def step_batches(train: TokenStream | Mixture, config: TrainConfig, step: int) -> list[Batch]:
     """The micro-batches of ``step``: a function of the data, the configuration and the step alone."""
+    return [pack_rows(rows) for rows in step_rows(train, config, step)]
+
+
+def step_rows(train: TokenStream | Mixture, config: TrainConfig, step: int) -> list[list[Row]]:
+    """The rows of each micro-batch of ``step``, for ranks that share them out before they are packed."""
     size = {"rows": config.batch_size, "context": config.context, "seed": config.seed}
     numbers = range(step * config.accumulate, (step + 1) * config.accumulate)
     if isinstance(train, Mixture):
-        return [train.batch(n, **size) for n in numbers]
+        return [train.batch_rows(n, **size) for n in numbers]
     per_epoch = train.steps_per_epoch(config.batch_size, config.context)
-    return [train.batch(*divmod(n, per_epoch), **size) for n in numbers]
+    return [train.batch_rows(*divmod(n, per_epoch), **size) for n in numbers]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ GROWN = 10.0  # times the median of the last readings: worth a warning
 READINGS = 20
 
 
-@torch.no_grad()
 def measure(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> dict[str, float]:
     """Largest magnitudes in one forward pass over ``batch``, without gradient.
 
@@ -33,6 +32,14 @@ def measure(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> dict[st
         By name, for layer i: ``layer{i}/state_S`` (every state of an HLA layer, after the last token),
         ``layer{i}/output`` (of the mixer), ``layer{i}/stream`` (the residual stream after it); and ``logits``.
     """
+    found = largest_values(model, batch.inputs(model.device), dtype)
+    values = torch.stack(list(found.values())).tolist()  # one wait for the device
+    return dict(zip(found, values, strict=True))
+
+
+@torch.no_grad()
+def largest_values(model: PreTrainedModel, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The numbers of :func:`measure`, still on the device, for what a model is called with."""
     found: dict[str, Tensor] = {}
     handles = []
 
@@ -58,13 +65,12 @@ def measure(model: PreTrainedModel, batch: Batch, dtype: torch.dtype) -> dict[st
     model.eval()
     try:
         with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            found["logits"] = largest(model(**batch.inputs(model.device), use_cache=False).logits)
+            found["logits"] = largest(model(**inputs, use_cache=False).logits)
     finally:
         model.train(training)
         for handle in handles:
             handle.remove()
-    values = torch.stack(list(found.values())).tolist()  # one wait for the device
-    return dict(zip(found, values, strict=True))
+    return found
 
 
 def layer_values(record: Mapping[str, Any]) -> dict[str, float]:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,15 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from hla.checkpoint import METRICS_FILE, TRAINING_FILE, check_output, open_output, recover, save_model
-from hla.data import Batch, fingerprint, token_bytes
+from hla.data import Batch, Row, fingerprint, pack_rows, token_bytes
+from hla.distributed.world import World, before_meeting, meet, ranks_started
 from hla.errors import HLAError
 from hla.evaluate import Evaluation, evaluate
 from hla.loss import summed_cross_entropy
 from hla.metrics import Metrics
 from hla.plots import plot_loss
-from hla.sources import Prepared, prepare, step_batches
+from hla.signals import stop_signals
+from hla.sources import Prepared, prepare, step_batches, step_rows
 from hla.telemetry import Watch, layer_values, measure
 from hla.token_files import absolute_sources
 from hla.train_config import RUN_FILE, START_ONLY, TrainConfig, check_resumed, config_text, read_config, write_config
@@ -38,6 +40,8 @@ from hla.training_state import newest, restore, run_tensors, save_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+    from hla.distributed.training import Spread
 
 __all__ = [
     "Prepared", "TrainConfig", "TrainResult", "build_model", "build_optimizer", "choose_device", "layer_types",
@@ -70,6 +74,20 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise HLAError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} GPUs")
     return device
+
+
+def rank_device(name: str, ranks: int) -> torch.device:
+    """The device called ``name`` for one of so many processes; of a machine's GPUs each has its own.
+
+    Raises:
+        HLAError: see :func:`choose_device`; also where several processes would share one GPU.
+    """
+    device = choose_device(name)
+    if ranks == 1 or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise HLAError(f"each rank has a GPU of its own, and {name!r} is one for all: use --device cuda")
+    return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
 
 
 def model_settings(config: TrainConfig) -> dict[str, Any]:
@@ -184,35 +202,6 @@ def train_step(
     return loss, norm
 
 
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Take note of the first SIGINT or SIGTERM instead of ending at once; a second one ends as usual.
-
-    Yields a function that returns the signal, or None.
-    """
-    caught: list[signal.Signals] = []
-    handled = (signal.SIGINT, signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
-        yield lambda: None
-        return
-    before = {number: signal.getsignal(number) for number in handled}
-
-    def restore() -> None:
-        for number in handled:
-            signal.signal(number, before[number])
-
-    def note(number: int, frame: object) -> None:
-        caught.append(signal.Signals(number))
-        restore()
-
-    for number in handled:
-        signal.signal(number, note)
-    try:
-        yield lambda: caught[0] if caught else None
-    finally:
-        restore()
-
-
 # ---------------------------------------------------------------------------------------------------- the run
 
 
@@ -234,52 +223,97 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
     The folder gets the model and a checkpoint at every ``save_every`` steps, at the end, and on SIGINT or SIGTERM;
     train.toml says how the run was configured; metrics.jsonl, tensorboard/ and loss.png grow along the way. With
     ``config.resume`` the run in that folder goes on from its newest checkpoint that is whole, to the bit as if it had
-    never stopped (on the same device, with the same number of threads); if there is no run yet, it begins.
+    never stopped (on the same device, with the same number of threads and processes); if there is no run yet, it
+    begins.
+
+    Under torchrun, or where a process group is there, every process calls this with the same configuration, and the
+    processes together make the run that one would make, up to rounding.
 
     Args:
-        console: where progress is shown (default: standard error).
+        console: where progress is shown (default: standard error); the first of several processes alone shows it.
 
     Raises:
         HLAError: something in the configuration, the data or the output folder is wrong, or losses or gradients are not
             finite for ``config.max_skipped`` steps in a row; the sentence says which model was saved last.
     """
-    console = console or Console(stderr=True)
+    with before_meeting():
+        mesh = config.mesh(ranks_started())
+        device = rank_device(config.device, ranks_started())
+        if config.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+            raise HLAError("torchrun has restarted a run with --overwrite, which would delete it: use --resume instead")
+    with ExitStack() as behind_all, meet(device) as world:
+        return _train(config, console or Console(stderr=True), world, mesh, device, behind_all)
+
+
+def _train(
+    config: TrainConfig,
+    console: Console,
+    world: World,
+    mesh: tuple[int, int, int],
+    device: torch.device,
+    behind_all: ExitStack,
+) -> TrainResult:
     folder = Path(config.out)
-    goes_on = config.resume and _is_run(folder)
-    if goes_on:
-        check_resumed(saved_form(config), TrainConfig(**read_config(folder / RUN_FILE)))
-        if "-" in config.data:
-            raise HLAError(
-                f"the run in {config.out!r} read standard input, which cannot be read again: it cannot go on"
-            )
-    else:
-        check_output(folder, config.overwrite)  # this and the next before the text is read, which takes a while
-    model_settings(config)
-    device = choose_device(config.device)
+    if world.rank != 0:
+        console = Console(quiet=True)
+
+    def check() -> bool:
+        """Whether a run goes on; before the text is read, which takes a while."""
+        goes_on = config.resume and _is_run(folder)
+        if goes_on:
+            check_resumed(saved_form(config), TrainConfig(**read_config(folder / RUN_FILE)))
+            if "-" in config.data:
+                raise HLAError(
+                    f"the run in {config.out!r} read standard input, which cannot be read again: it cannot go on"
+                )
+        else:
+            check_output(folder, config.overwrite)
+        model_settings(config)
+        return goes_on
+
+    goes_on = world.first(check)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    prepared = prepare(config)
-    model = build_model(config, prepared.tokenizer)
+    dtype = torch.bfloat16 if half else torch.float32
+    prepared = world.together(lambda: prepare(config))
+    if len(set(world.gather(prepared.digest))) > 1:
+        raise world.common(HLAError("the ranks have read different training data"))
+    model = world.together(lambda: build_model(config, prepared.tokenizer))
+    parameters = sum(p.numel() for p in model.parameters())
+    where, precision = str(device), "bfloat16 autocast" if half else "float32"
+    if world.size > 1:
+        where = f"{world.size} ranks on {device.type} (dp, sp, tp: {mesh[0]}, {mesh[1]}, {mesh[2]})"
+        precision = "bfloat16" if half else "float32"
     for line in (
         prepared.description,
-        f"{sum(p.numel() for p in model.parameters()):,} parameters ({config.size}, {config.attention}), "
-        f"{len(prepared.tokenizer):,} token ids, {len(prepared.train):,} training tokens, {device}, "
-        f"{'bfloat16 autocast' if half else 'float32'}.",
+        f"{parameters:,} parameters ({config.size}, {config.attention}), {len(prepared.tokenizer):,} token ids, "
+        f"{len(prepared.train):,} training tokens, {where}, {precision}.",
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
-    if config.recompute:
-        recompute_activations(model)
-    if config.compile:
-        model.model.compile()  # in place: names of weights stay what they are
+    spread = None
+    if world.size > 1:
+        from hla.distributed.training import Spread
+
+        spread = world.together(lambda: Spread(model, mesh, world, device, dtype, config))
+    else:
+        torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
+        if config.recompute:
+            recompute_activations(model)
+        if config.compile:
+            model.model.compile()  # in place: names of weights stay what they are
     if not goes_on:
-        open_output(folder, config.overwrite, config_text(saved_form(config)))
-    run = _Run(config, prepared, model, torch.bfloat16 if half else torch.float32, console)
+        world.first(lambda: open_output(folder, config.overwrite, config_text(saved_form(config))))
+    run = _Run(config, prepared, model, dtype, console, world, spread, parameters)
     try:
         if goes_on:
             run.go_on()
-        run.metrics.open(run.step, run.logged)
-        with stop_signals() as stop:
-            stopped_by = run.loop(stop)
+        world.first(lambda: run.metrics.open(run.step, run.logged))
+        if spread is None:
+            with stop_signals() as stop:
+                stopped_by = run.loop(stop)
+        else:
+            # Until this rank has left the others: all of them stop after the same step, or evaluate together; and one
+            # that has lost another must live to tell, while torchrun is already ending it.
+            stopped_by = run.loop(behind_all.enter_context(stop_signals(patient=True)))
         return run.finish(stopped_by)
     except OSError as error:
         raise HLAError(f"cannot write to {str(folder)!r}: {error.strerror or error}. {run.last_saved()}") from error
@@ -308,12 +342,21 @@ class _Run:
     """The state of a run and its loop."""
 
     def __init__(
-        self, config: TrainConfig, prepared: Prepared, model: PreTrainedModel, dtype: torch.dtype, console: Console
+        self,
+        config: TrainConfig,
+        prepared: Prepared,
+        model: PreTrainedModel,
+        dtype: torch.dtype,
+        console: Console,
+        world: World,
+        spread: Spread | None,
+        parameters: int,
     ) -> None:
         self.config, self.prepared, self.model, self.dtype, self.console = config, prepared, model, dtype, console
+        self.world, self.spread, self.parameters = world, spread, parameters
         self.folder = Path(config.out)
         self.optimizer = build_optimizer(model, config.lr, config.weight_decay)
-        self.metrics = Metrics(self.folder)
+        self.metrics = Metrics(self.folder if world.rank == 0 else None)
         self.watch = Watch()
         self.sizes = [len(text) for text in token_bytes(prepared.tokenizer)]
         self.step = 0  # the position in the data, too: skipped steps count
@@ -321,6 +364,7 @@ class _Run:
         self.skipped = 0
         self.skipped_in_a_row = 0
         self.logged = 0  # records of an earlier process that still hold
+        self.stop: Callable[[], signal.Signals | None] = lambda: None  # known in the loop
         self.saved_at: int | None = None
         self.checkpoint_at: int | None = None
         self.start = time.monotonic()
@@ -332,33 +376,37 @@ class _Run:
         Raises:
             HLAError: all are damaged, or the data has changed.
         """
-        found = newest(self.folder, self.say)
+        found = self.world.first(lambda: newest(self.folder, self.say))
         if found is None:
             self.say(f"The run in {str(self.folder)!r} has no checkpoint yet: it begins anew.")
         else:
             path, state = found
             if state["data_sha256"] != self.prepared.digest:
-                raise HLAError("the training data has changed since the run began, so it cannot go on")
-            restore(path, self.model, self.optimizer)
+                raise self.world.common(
+                    HLAError("the training data has changed since the run began, so it cannot go on")
+                )
+            resharding = None if self.spread is None else self.spread.resharding
+            self.world.together(lambda: restore(path, self.model, self.optimizer, resharding))
             for name in ("step", "tokens", "seconds", "skipped", "skipped_in_a_row", "logged"):
                 setattr(self, name, state[name])
             self.checkpoint_at = self.step
             with suppress(OSError, ValueError):  # a kill may have come between the checkpoint and the model
                 self.saved_at = json.loads((self.folder / TRAINING_FILE).read_text(encoding="utf-8"))["steps"]
             self.say(f"Going on from step {self.step}.")
-        write_config(saved_form(self.config), self.folder / RUN_FILE)
+        self.world.first(lambda: write_config(saved_form(self.config), self.folder / RUN_FILE))
 
     def loop(self, stop: Callable[[], signal.Signals | None]) -> signal.Signals | None:
         """Step until the steps or the minutes are over or ``stop`` returns a signal, then save; returns the signal."""
         config = self.config
         stopped_by = None
+        self.stop = lambda: self.signal(stop)
         self.watch = Watch(layer_values(record) for record in self.metrics.records)
         self.start = time.monotonic() - self.seconds
         self.model.train()
         columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[now]}"))
         with Progress(*columns, console=self.console, refresh_per_second=2) as bar:
             task = bar.add_task("training", total=1.0, now="")
-            while (done := self.progress()) < 1.0 and not (stopped_by := stop()):
+            while (done := self.progress()) < 1.0 and not (stopped_by := self.stop()):
                 record = self.one_step(done)
                 done = self.progress()
                 left = record["seconds"] * (1 - done) / done
@@ -388,8 +436,14 @@ class _Run:
     def progress(self) -> float:
         """How much of the run is over, by steps or by the clock, whichever is ahead."""
         by_steps = self.step / self.config.steps if self.config.steps else 0.0
-        by_clock = (time.monotonic() - self.start) / (60 * self.config.minutes) if self.config.minutes else 0.0
-        return max(by_steps, by_clock)
+        if not self.config.minutes:
+            return by_steps
+        return max(by_steps, self.world.same((time.monotonic() - self.start) / (60 * self.config.minutes)))
+
+    def signal(self, stop: Callable[[], signal.Signals | None]) -> signal.Signals | None:
+        """What ``stop`` returns, on any rank."""
+        number = int(self.world.highest(stop() or 0))
+        return signal.Signals(number) if number else None
 
     def one_step(self, progress: float) -> dict[str, Any]:
         """Train one step and log it; returns the record. A step without finite loss and gradient is skipped."""
@@ -398,10 +452,14 @@ class _Run:
         rate = learning_rate(config.lr, progress, self.step, config.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        batches = step_batches(self.prepared.train, config, self.step)
-        loss, norm = train_step(self.model, self.optimizer, batches, clip=config.clip, dtype=self.dtype)
+        rows = step_rows(self.prepared.train, config, self.step)
+        if self.spread is None:
+            batches = [pack_rows(part) for part in rows]
+            loss, norm = train_step(self.model, self.optimizer, batches, clip=config.clip, dtype=self.dtype)
+        else:
+            loss, norm = self.spread.step(self.optimizer, rows, config.clip)
         self.step += 1
-        tokens = sum(batch.targets.numel() for batch in batches)
+        tokens = sum(length for part in rows for _, _, length in part)
         record = {
             "step": self.step,
             "tokens": self.tokens + tokens,
@@ -418,7 +476,7 @@ class _Run:
         self.tokens += tokens
         self.metrics.add("train", record)
         if self.step == 1 or self.step % config.telemetry_every == 0:
-            self.observe(batches[0])
+            self.observe(rows[0])
         return record
 
     def skip(self, loss: float, norm: float) -> None:
@@ -428,16 +486,17 @@ class _Run:
         self.metrics.add("skipped", {"step": self.step, "skipped": self.skipped})
         what = f"at step {self.step} the loss is {loss} and the gradient norm {norm}"
         if self.skipped_in_a_row >= self.config.max_skipped:
-            raise HLAError(
-                f"training stopped: {what}, and so many steps in a row were skipped for that: {self.skipped_in_a_row}; "
-                "try a smaller --lr"
-            )
+            sentence = f"training stopped: {what}, and so many steps in a row were skipped for that"
+            raise self.world.common(HLAError(f"{sentence}: {self.skipped_in_a_row}; try a smaller --lr"))
         self.say(f"Skipped: {what} ({self.skipped} steps skipped so far).")
 
-    def observe(self, batch: Batch) -> None:
+    def observe(self, rows: list[Row]) -> None:
         """Log the largest states and outputs of the layers, and warn of those that have grown."""
         with self.eager():
-            layers = measure(self.model, batch, self.dtype)
+            if self.spread is None:
+                layers = measure(self.model, pack_rows(rows), self.dtype)
+            else:
+                layers = self.spread.measure(rows)
         self.metrics.add("layers", {"step": self.step, **layers})
         if grown := self.watch.grown(layers):
             shown = ", ".join(f"{name} = {layers[name]:.3g}" for name in grown[:4])
@@ -448,17 +507,14 @@ class _Run:
 
     def validate(self, max_windows: int | None) -> Evaluation:
         """Score held-out text (all of it, or some windows), log and show the result."""
-        config = self.config
+        config, held_out = self.config, self.prepared.held_out
+        how: Any = {"context": config.context, "rows": config.batch_size, "max_windows": max_windows}
         with self.eager():
-            result = evaluate(
-                self.model,
-                self.prepared.held_out,
-                self.sizes,
-                context=config.context,
-                rows=config.batch_size,
-                max_windows=max_windows,
-                dtype=self.dtype,
-            )
+            if self.spread is None:
+                result = evaluate(self.model, held_out, self.sizes, **how, dtype=self.dtype)
+            else:
+                ends = self.stop if max_windows is None else lambda: None
+                result = self.spread.evaluate(held_out, self.sizes, **how, stop=ends)
         record = {f"val_{name}": value for name, value in result.as_dict().items()}
         seconds = time.monotonic() - self.start
         self.metrics.add("validation", {"step": self.step, "tokens": self.tokens, "seconds": seconds, **record})
@@ -487,16 +543,15 @@ class _Run:
                 "logged": len(self.metrics.records),
                 "seconds": seconds,
                 "data_sha256": self.prepared.digest,
+                "ranks": self.world.size,
                 "config": config,
                 "versions": versions,
             }
-            tensors = run_tensors(self.model, self.optimizer)
-            save_checkpoint(self.folder, self.step, tensors, state, self.config.keep)
-            self.checkpoint_at = self.step
+            self.save_checkpoint(state)
         held = self.prepared.held_documents
         training = {
             "config": config,
-            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "parameters": self.parameters,
             "steps": self.step,
             **counts,
             "seconds": round(seconds, 1),
@@ -508,9 +563,25 @@ class _Run:
             "evaluation": evaluation.as_dict() if evaluation else None,
             "versions": versions,
         }
-        save_model(self.folder, self.model, self.prepared.tokenizer, training)
+        whole = self.model if self.spread is None else self.spread.whole()
+
+        def export() -> None:
+            assert whole is not None  # on the first rank
+            save_model(self.folder, whole, self.prepared.tokenizer, training)
+            plot_loss(self.metrics.records, self.folder / "loss.png", f"{self.folder.name}: {self.config.size} model")
+
+        self.world.first(export)
         self.saved_at = self.step
-        plot_loss(self.metrics.records, self.folder / "loss.png", f"{self.folder.name}: {self.config.size} model")
+
+    def save_checkpoint(self, state: dict[str, Any]) -> None:
+        """Write a checkpoint of this step."""
+        if self.spread is None:
+            tensors = run_tensors(self.model, self.optimizer)
+        else:
+            self.spread.resharding.ready()
+            tensors = self.spread.resharding.dealt(run_tensors(self.model, self.optimizer))
+        save_checkpoint(self.folder, self.step, tensors, state, self.config.keep, self.world)
+        self.checkpoint_at = self.step
 
     def last_saved(self) -> str:
         """A sentence on what is left of the run, for messages."""

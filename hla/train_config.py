@@ -22,8 +22,8 @@ from typing import Any
 from hla.errors import HLAError
 
 RUN_FILE = "train.toml"  # in the folder of a run: its settings, from which --resume goes on
-# About how a run is started, not about the run: no part of the file.
-START_ONLY = ("overwrite", "resume")
+# About how a run is started, not about the run: no part of the file. It goes on with any number of processes.
+START_ONLY = ("overwrite", "resume", "dp", "sp", "tp")
 # May not differ when a run goes on: its weights, its optimizer or its place in the data would mean something else.
 FIXED = (
     "data", "weights", "size", "attention", "model", "tokenizer", "vocab_size", "context", "batch_size", "accumulate",
@@ -65,13 +65,17 @@ class TrainConfig:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    dp: int | None = None  # under torchrun: ranks that share the rows of a batch; None: all that sp and tp leave
+    sp: int = 1  # ... that share each sequence
+    tp: int = 1  # ... that share the heads of each layer
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
             object.__setattr__(self, "steps", 1000)
         counts = ("context", "batch_size", "accumulate", "eval_every", "save_every", "keep", "max_skipped")
-        for name in (*counts, "telemetry_every"):
+        for name in (*counts, "telemetry_every", "sp", "tp"):
             _check(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
+        _check(self.dp is None or self.dp >= 1, f"dp must be at least 1, not {self.dp}")
         _check(self.steps is None or self.steps >= 1, f"steps must be at least 1, not {self.steps}")
         _check(self.minutes is None or _positive(self.minutes), f"minutes must be positive, not {self.minutes}")
         _check(_positive(self.lr), f"the learning rate must be a positive number, not {self.lr}")
@@ -92,6 +96,25 @@ class TrainConfig:
         _check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         _check(bool(self.out), "the output folder has no name")
         _check(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
+
+    def mesh(self, ranks: int) -> tuple[int, int, int]:
+        """The sizes of dp, sp and tp for so many processes.
+
+        Raises:
+            HLAError: they are not as many, or the batch or the context cannot be shared out among them.
+        """
+        dp = self.dp if self.dp is not None else max(ranks // (self.sp * self.tp), 1)
+        wanted = dp * self.sp * self.tp
+        product = f"dp {dp} x sp {self.sp} x tp {self.tp} = {wanted}"
+        if ranks == 1 and wanted > 1:
+            raise HLAError(f"{product} processes, but there is one: start it with torchrun --nproc-per-node {wanted}")
+        _check(wanted == ranks, f"{product} processes, but torchrun has started {ranks}")
+        _check(self.batch_size % dp == 0, f"batch_size must be divisible by dp: {self.batch_size} rows for {dp} ranks")
+        _check(
+            self.context % self.sp == 0, f"context must be divisible by sp: {self.context} tokens for {self.sp} ranks"
+        )
+        _check(ranks == 1 or "-" not in self.data, "standard input cannot be read by several processes: use a file")
+        return dp, self.sp, self.tp
 
 
 def _check(holds: bool, sentence: str) -> None:

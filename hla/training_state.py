@@ -3,8 +3,9 @@
 A checkpoint is a folder ``checkpoints/step-00001000`` of a run:
 
 - ``*.safetensors``: weights, optimizer state and random state, written by PyTorch's distributed checkpointing (DCP)
-  with its Hugging Face writer. Each file says which part of which tensor it holds, so that any number of processes can
-  read what any number has written. (DCP's default writer pickles its metadata; reading a pickle runs code.)
+  with its Hugging Face writer, one file for each process. Each says which part of which tensor it holds, so that any
+  number of processes can read what any number has written (:mod:`hla.distributed.checkpoint`). (DCP's default writer
+  pickles its metadata; reading a pickle runs code.)
 - ``state.json``: what is no tensor.
 - ``manifest.json``: size and SHA-256 of the others, written last.
 
@@ -23,7 +24,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -31,7 +32,11 @@ from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from hla.checkpoint import CHECKPOINTS, flush
+from hla.distributed.world import World
 from hla.errors import HLAError
+
+if TYPE_CHECKING:
+    from hla.distributed.checkpoint import Resharding
 
 FORMAT = 1
 STATE_FILE = "state.json"
@@ -44,7 +49,7 @@ MANIFEST_FILE = "manifest.json"
 def run_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The tensors of a run by name: weights, optimizer state, the state of the random generators.
 
-    Weights and optimizer state are the tensors themselves, not copies.
+    Weights and optimizer state are the tensors themselves, not copies. (Ranks all have the same random state.)
     """
     tensors = {f"model.{name}": tensor.detach() for name, tensor in _weights(model).items()}
     for name, parameter in model.named_parameters():
@@ -57,19 +62,28 @@ def run_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return tensors
 
 
-def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def restore(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, resharding: Resharding | None = None
+) -> None:
     """Put the tensors of a checkpoint into a model, its optimizer and the random generators.
+
+    Args:
+        resharding: of a model that is spread over ranks, all of which call this.
 
     Raises:
         HLAError: the checkpoint is of another model.
     """
+
+    def whole(name: str, x: torch.Tensor) -> tuple[int, ...]:
+        return tuple(x.shape) if resharding is None else resharding.shape(name, x)
+
     shapes = {name: tuple(tensor.size) for name, tensor in _reader(path).read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
     wanted = {f"model.{name}": tensor.detach() for name, tensor in _weights(model).items()}
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
         state = {
             # Moments lie where and how the parameter does; counters are numbers on the CPU.
-            key.removeprefix(prefix): torch.zeros_like(parameter) if shape == tuple(parameter.shape) else _zeros(shape)
+            key.removeprefix(prefix): torch.zeros_like(parameter) if shape == whole(key, parameter) else _zeros(shape)
             for key, shape in shapes.items()
             if key.startswith(prefix)
         }
@@ -81,10 +95,13 @@ def restore(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
         if name in shapes and (name == "random.cpu" or device.type == "cuda"):
             wanted[name] = _zeros(shapes[name], torch.uint8)
     unread = set(shapes) - set(wanted) - {"random.cuda"}
-    if unread or any(shapes.get(name) != tuple(tensor.shape) for name, tensor in wanted.items()):
+    if unread or any(shapes.get(name) != whole(name, tensor) for name, tensor in wanted.items()):
         raise HLAError(f"the checkpoint {str(path)!r} is of another model than the one configured")
+    read = wanted if resharding is None else resharding.empty(wanted)
     with _no_process_group():
-        dcp.load(wanted, storage_reader=_reader(path))
+        dcp.load(read, storage_reader=_reader(path))
+    if resharding is not None:
+        resharding.put(read, wanted)
     torch.set_rng_state(wanted["random.cpu"])
     if "random.cuda" in wanted:
         torch.cuda.set_rng_state(wanted["random.cuda"], device)
@@ -117,29 +134,41 @@ def _no_process_group() -> Iterator[None]:
 
 
 def save_checkpoint(
-    run: Path, step: int, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], keep: int
+    run: Path,
+    step: int,
+    tensors: Mapping[str, torch.Tensor],
+    state: Mapping[str, Any],
+    keep: int,
+    world: World | None = None,
 ) -> Path:
     """Write a checkpoint of ``step`` into the folder of a run, then delete all but the newest ``keep``.
 
     Args:
         state: what is no tensor, for JSON.
+        world: all ranks, which call this together and see the same folder; this process alone if None.
 
     Raises:
         HLAError: the disk is full or not writable; earlier checkpoints are as they were.
     """
+    world = world or World()
     folder = run / CHECKPOINTS
     path = folder / f"step-{step:08d}"
     draft = folder / f".{path.name}"
-    try:
+
+    def begin() -> None:
         folder.mkdir(exist_ok=True)
         for left in folder.glob(".step-*"):  # of a process that was killed while it wrote or deleted
             shutil.rmtree(left)
         draft.mkdir()
+
+    def write() -> None:
         with _no_process_group():
             dcp.save(dict(tensors), storage_writer=dcp.HuggingFaceStorageWriter(str(draft), save_distributed=True))
+
+    def finish(facts: Mapping[str, Any]) -> None:
         text = json.dumps({"format": FORMAT, "step": step, **state}, indent=2)
         (draft / STATE_FILE).write_text(text + "\n", encoding="utf-8")
-        files = {file.name: _facts(file) for file in sorted(draft.iterdir())}
+        files = {**facts, STATE_FILE: _facts(draft / STATE_FILE)}
         (draft / MANIFEST_FILE).write_text(json.dumps({"files": files}, indent=2) + "\n", encoding="utf-8")
         for file in [*draft.iterdir(), draft]:
             flush(file)
@@ -149,8 +178,17 @@ def save_checkpoint(
         flush(folder)
         for old in checkpoints(run)[:-keep]:
             _delete(old)
+
+    try:
+        world.first(begin)
+        world.together(write)
+        # The checksums are work for all ranks, too.
+        mine = world.together(lambda: {f.name: _facts(f) for f in sorted(draft.iterdir())[world.rank :: world.size]})
+        facts = {name: fact for part in world.gather(mine) for name, fact in part.items()}
+        world.first(lambda: finish(facts))
     except (OSError, SafetensorError, CheckpointException) as error:
-        shutil.rmtree(draft, ignore_errors=True)
+        if world.rank == 0:
+            shutil.rmtree(draft, ignore_errors=True)
         raise HLAError(f"cannot save the checkpoint {str(path)!r}: {_reason(error)}") from error
     return path
 

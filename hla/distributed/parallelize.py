@@ -170,11 +170,18 @@ def _matrices(block: HLABlock) -> list[nn.Module]:
     return [module for module in block.modules() if isinstance(module, nn.Linear)]
 
 
-def _placement_of(model: nn.Module) -> Placement:
+def placement_of(model: nn.Module) -> Placement:
     placement = getattr(model, "placement", None)
     if not isinstance(placement, Placement):
         raise ValueError("model must come from parallelize_hla")
     return placement
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a forward pass without a backward pass has left whole: the parameters of the root."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 @torch.no_grad()
@@ -190,12 +197,10 @@ def clip_grad_norm(model: HLAPreTrainedModel, max_norm: float) -> Tensor:
     Raises:
         ValueError: the model does not come from `parallelize_hla`, or max_norm is not positive.
     """
-    placement = _placement_of(model)
+    placement = placement_of(model)
     if not max_norm > 0 or math.isnan(max_norm):
         raise ValueError(f"max_norm must be positive, got {max_norm}")
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # a forward pass without a backward pass leaves the root whole, and without gradients
+    reshard(model)  # or the root has no gradients
     gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     local = [(name, g.to_local() if isinstance(g, DTensor) else g) for name, g in gradients]
     device = next(model.parameters()).device
@@ -222,7 +227,7 @@ def full_state_dict(model: HLAPreTrainedModel) -> dict[str, Tensor]:
     Raises:
         ValueError: the model does not come from `parallelize_hla`.
     """
-    placement = _placement_of(model)
+    placement = placement_of(model)
     result = {}
     for name, whole in _gathered(model, placement):
         if dist.get_rank() == 0:
@@ -233,10 +238,15 @@ def full_state_dict(model: HLAPreTrainedModel) -> dict[str, Tensor]:
 @torch.no_grad()
 def _gathered(model: nn.Module, placement: Placement) -> Iterator[tuple[str, Tensor]]:
     for name, x in model.state_dict().items():
-        x = x.full_tensor() if isinstance(x, DTensor) else x
-        cut = placement.cuts.get(name)
-        if cut is not None and placement.heads is not None:
-            pieces = [torch.empty_like(x) for _ in range(placement.heads.size())]
-            dist.all_gather(pieces, x.contiguous(), group=placement.heads)
-            x = cut.join(pieces)
-        yield name, x
+        yield name, whole_tensor(x, placement.cuts.get(name), placement)
+
+
+@torch.no_grad()
+def whole_tensor(x: Tensor, cut: Cut | None, placement: Placement) -> Tensor:
+    """A parameter, or what an optimizer has of its shape, from the pieces of all ranks, on every rank."""
+    x = x.full_tensor() if isinstance(x, DTensor) else x
+    if cut is not None and placement.heads is not None:
+        pieces = [torch.empty_like(x) for _ in range(placement.heads.size())]
+        dist.all_gather(pieces, x.contiguous(), group=placement.heads)
+        x = cut.join(pieces)
+    return x

@@ -5,17 +5,18 @@ from tests.distributed.ranks import Ranks
 
 @pytest.fixture(scope="session")
 def pool():
-    """Four processes for all tests of this folder; new ones after a failure."""
-    pools = []
+    """Four processes (or another number) for all tests of this folder; new ones after a failure."""
+    pools: dict[int, Ranks] = {}
 
-    def get() -> Ranks:
-        if not pools or not pools[-1].alive:
-            pools.append(Ranks())
-        return pools[-1]
+    def get(count: int = 4) -> Ranks:
+        if count not in pools or not pools[count].alive:
+            pools[count] = Ranks(count)
+        return pools[count]
 
     yield get
-    if pools and pools[-1].alive:
-        pools[-1].close()
+    for each in pools.values():
+        if each.alive:
+            each.close()
 
 
 @pytest.fixture
