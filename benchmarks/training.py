@@ -343,16 +343,16 @@ def main() -> None:
     args = parser.parse_args()
     args.sizes = args.sizes or (["medium"] if args.longest else ["base", "medium", "large"])
     args.contexts = sorted(args.contexts or ([32768, 1 << 20] if args.longest else [2048, 8192, 32768]))
-    if importlib.util.find_spec("fla") is None and DELTA in args.models:
+    if not args.report and importlib.util.find_spec("fla") is None and DELTA in args.models:
         say("flash-linear-attention is not installed: its rows are left out")
         args.models.remove(DELTA)
     suffix = "_longest" if args.longest else "_compiled" if args.compile else ""
     out = args.out or Path(f"benchmarks/results/training_{args.device}{suffix}.csv")
-    where: Row = environment(args.device) | (gpu_software() if args.device == "cuda" else {})
     if args.report:
         with open(out, newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
     else:
+        where: Row = environment(args.device) | (gpu_software() if args.device == "cuda" else {})
         with sdpa_kernel(BACKENDS, set_priority=True):
             rows = measure(args, out, where)
         say(f"wrote {out}")
