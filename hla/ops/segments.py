@@ -146,6 +146,10 @@ def _summary(c: Call) -> Segment:
     if c.op == "linear_attn":
         return LinearAttnSegment(total, _moment(c.k, c.v, until_end))
     if c.op == "hla_q":
+        if _has_kernels(c.k, c.v):
+            from hla.kernels.moment import moments_of_keys
+
+            return HLAQSegment(total, *moments_of_keys(c.k, c.v, until_end.exp()))
         return HLAQSegment(total, _moment(c.k, c.k, until_end), _moment(c.k, c.v, until_end))
     if c.op == "ahla" and c.order != 2:
         return _summary_ahla_n(c, total)

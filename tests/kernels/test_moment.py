@@ -8,7 +8,7 @@ from tests.ops.cases import F64, assert_close
 
 pytest.importorskip("triton")
 from hla.kernels import segments
-from hla.kernels.moment import moment
+from hla.kernels.moment import moment, moments_of_keys
 
 
 def leaf(*shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -34,6 +34,27 @@ def test_moment_and_its_gradients(T, heads, weighted, monkeypatch):
     assert_close(found, truth, 1e-5)
     for x, y in zip(grads, grads_truth, strict=True):
         assert_close(x, y, 1e-5)
+
+
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_moments_of_keys(weighted, used, monkeypatch):
+    monkeypatch.setattr(segments, "SHORTEST_SEGMENT", 64)
+    k, v = leaf(2, 70, 3, 5), leaf(2, 70, 3, 20)
+    w = torch.rand(2, 70, 1).requires_grad_() if weighted else None
+    leaves = [x for x in (k, v, w) if x is not None]
+    wide = [None if x is None else x.detach().double().requires_grad_() for x in (k, v, w)]
+    found = moments_of_keys(k, v, w)
+    truth = algebra._Moment.apply(wide[0], None, wide[2]), algebra._Moment.apply(*wide)
+    douts = [torch.randn_like(x) for x in found]
+    results = []
+    for moments, inputs in ((found, leaves), (truth, [x for x in wide if x is not None])):
+        total = sum((x * d).sum() for x, d, use in zip(moments, douts, used, strict=True) if use)
+        results.append([*moments, *torch.autograd.grad(total, inputs, allow_unused=True)])
+    for x, y in zip(*results, strict=True):
+        assert (x is None) == (y is None) or not x.any()
+        if y is not None:
+            assert_close(x, y, 1e-5)
 
 
 @pytest.mark.parametrize("gated", [False, True])
