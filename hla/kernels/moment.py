@@ -195,6 +195,6 @@ def moment(a: Tensor, b: Tensor | None, w: Tensor | None) -> Tensor:
 
 
 def moments_of_keys(k: Tensor, v: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``sum_t w_t k_t k_t^T`` and ``sum_t w_t k_t v_t^T``, as by `moment`, of k ``[B, T, H, K]``, v ``[B, T, H, V]``."""
+    """``sum_t w_t k_t k_t^T`` and ``sum_t w_t k_t v_t^T`` (see `moment`) of k ``[B, T, H, K]``, v ``[B, T, H, V]``."""
     S, P = _operation("keys", 2, _rows(k), _rows(v), None if w is None else w.float().contiguous())
     return S, P
