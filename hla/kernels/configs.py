@@ -53,10 +53,11 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
 
 
 class QuerySideConfig(NamedTuple):
-    """For the kernels of `query_side`, all with 4 warps: rows of a chunk, whether `adjoint` loads ahead, and stages of
-    the load pipelines."""
+    """For the kernels of `query_side`: rows of a chunk, warps of the kernels that own a chunk, whether `adjoint` loads
+    ahead, and stages of the load pipelines."""
 
     chunk: int = 64
+    warps: int = 4
     adjoint_ahead: int = 1
     states_stages: int = 3
     moments_stages: int = 4
@@ -67,10 +68,10 @@ class QuerySideConfig(NamedTuple):
 def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> QuerySideConfig:
     """For the kernels of `query_side`."""
     if wide:
-        return QuerySideConfig(chunk=32, adjoint_ahead=0, states_stages=1, moments_stages=1, fold_stages=1)
+        return QuerySideConfig(chunk=32, warps=8 if key > 64 else 4, adjoint_ahead=0, states_stages=1, moments_stages=1, fold_stages=1)
     if little_memory(capability):
         return QuerySideConfig(chunk=32, states_stages=2, moments_stages=2, fold_stages=1)
-    return QuerySideConfig()
+    return QuerySideConfig(warps=8 if key > 64 and capability < (9, 0) else 4)
 
 
 def little_memory(capability: tuple[int, int]) -> bool:
