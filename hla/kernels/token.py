@@ -13,7 +13,7 @@ between two reads of weights goes into the kernel of one of them:
 | `project` | the way down, residual |
 
 Up to 16 rows are one tile of the matrix units: more rows of the batch cost nothing until then. Above, tiles have up to
-64 rows, and the heads are normalised and gated in a launch of their own, seven in all, instead of anew in every program.
+64 rows, and the heads are normalised and gated in a launch of their own, not anew in every program: seven in all.
 Above TILE_ROWS the large products go to cuBLAS, which is made for them, with what lies between fused: 13 launches.
 """
 
@@ -89,6 +89,7 @@ def project(
     rows = (pid - first) * BN + tl.arange(0, BN)
     inside = rows < size
     kk = tl.arange(0, BK)
+    extra = _residual(RESIDUAL, b, rows, column, batch, size, o_b)
     acc = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
@@ -117,7 +118,7 @@ def project(
             w = tl.load(W1 + at, mask=inside[:, None] & whole[None, :], other=0.0).to(OPERAND)
             up = tl.dot(x.to(OPERAND), tl.trans(w), up)
     normed: tl.constexpr = NORM is not None and not PER_HEAD
-    _finish(acc, up, squares, RESIDUAL, OUT, b, rows, column, batch, size, o_b, eps, D, normed, SWIGLU)
+    _finish(acc, up, squares, extra, OUT, b, rows, column, batch, size, o_b, eps, D, normed, SWIGLU)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -136,6 +137,7 @@ def project_row(
     b = tl.arange(0, ROWS)
     rows = (pid - first) * BN + tl.arange(0, BN)
     inside = rows < size
+    extra = _residual(RESIDUAL, b, rows, column, batch, size, o_b)
     acc = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
@@ -168,12 +170,22 @@ def project_row(
             if SWIGLU:
                 up += tl.where(here, tl.sum(w1.to(tl.float32) * x[None, :], 1)[None, :], 0.0)
     normed: tl.constexpr = NORM is not None and not PER_HEAD
-    _finish(acc, up, squares, RESIDUAL, OUT, b, rows, column, batch, size, o_b, eps, D, normed, SWIGLU)
+    _finish(acc, up, squares, extra, OUT, b, rows, column, batch, size, o_b, eps, D, normed, SWIGLU)
+
+
+@triton.jit
+def _residual(RESIDUAL, b, rows, column, batch, size, o_b):
+    """What is added to the output, asked for before the products so that nothing waits for it."""
+    if RESIDUAL is None:
+        return tl.zeros([b.shape[0], rows.shape[0]], tl.float32)
+    else:
+        live = (b < batch)[:, None] & (rows < size)[None, :]
+        return tl.load(RESIDUAL + b[:, None] * o_b + (column + rows)[None, :], mask=live, other=0.0)
 
 
 @triton.jit
 def _finish(
-    acc, up, squares, RESIDUAL, OUT, b, rows, column, batch, size, o_b, eps, D: tl.constexpr, NORMED: tl.constexpr,
+    acc, up, squares, extra, OUT, b, rows, column, batch, size, o_b, eps, D: tl.constexpr, NORMED: tl.constexpr,
     SWIGLU: tl.constexpr,
 ):  # fmt: skip
     if NORMED:
@@ -184,8 +196,7 @@ def _finish(
         acc *= sigmoid(acc) * up
     at = b[:, None] * o_b + (column + rows)[None, :]
     live = (b < batch)[:, None] & (rows < size)[None, :]
-    if RESIDUAL is not None:
-        acc += tl.load(RESIDUAL + at, mask=live, other=0.0).to(tl.float32)
+    acc += extra.to(tl.float32)
     tl.store(OUT + at, acc.to(OUT.dtype.element_ty), mask=live)
 
 
@@ -201,18 +212,20 @@ def normed_gated(
     i = tl.arange(0, BLOCK)
     inside = i < WIDTH
     at = tl.program_id(0) % PARTS * WIDTH + i
-    x = tl.load(X + row * x_b + at, mask=inside, other=0.0)
-    out = row * (PARTS * WIDTH) + at
-    if COPY is not None:
-        tl.store(COPY + out, x, mask=inside)
-    x = x.to(tl.float32)
+    source = tl.load(X + row * x_b + at, mask=inside, other=0.0)
+    x = source.to(tl.float32)
+    y = x
     if NORM is not None:
-        x *= tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
-        x *= tl.load(NORM + i, mask=inside, other=0.0).to(tl.float32)
+        y *= tl.load(NORM + i, mask=inside, other=0.0).to(tl.float32)
     if GATE is not None:
         gate = tl.load(GATE + row * gate_b + at, mask=inside, other=0.0).to(tl.float32)
-        x *= gate * sigmoid(gate)
-    tl.store(OUT + out, x.to(OUT.dtype.element_ty), mask=inside)
+        y *= gate * sigmoid(gate)
+    if NORM is not None:  # last, as everything that is read has to be on its way before the sum waits for x
+        y *= tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+    out = row * (PARTS * WIDTH) + at
+    tl.store(OUT + out, y.to(OUT.dtype.element_ty), mask=inside)
+    if COPY is not None:
+        tl.store(COPY + out, source, mask=inside)
 
 
 def fits(block: HLABlock, x: Tensor) -> bool:
@@ -266,7 +279,7 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
     tiles = B <= TILE_ROWS
     weights = {name: y.weight for name, y in _projections(mixer).items()}
     hidden = x.new_empty(B, D)
-    parts = {}
+    parts: dict[str, Tensor] = {}
     if not tiles:
         normed = _normed_gated(x, norm=block.input_layernorm, copy=hidden)
         parts = {name: _multiply(normed, weights.pop(name)) for name in ("qkv_proj", "gate_proj") if name in weights}
@@ -328,19 +341,24 @@ def _normed_gated(
 
 
 class Tile(NamedTuple):
-    """Rows of x, rows of a weight, columns of both at a time, and stages of the load pipeline."""
+    """Rows of x, rows of a weight, columns of both at a time, stages of the load pipeline, and warps."""
 
     side: int
     rows: int
     columns: int
     stages: int
+    warps: int
 
 
 @functools.cache
-def _tile(B: int, sizes: tuple[int, ...], pair: bool, capability: tuple[int, int], multiprocessors: int) -> Tile:
+def _tile(
+    B: int, sizes: tuple[int, ...], pair: bool, normed: bool, capability: tuple[int, int], multiprocessors: int
+) -> Tile:
     """The tile with which the busiest multiprocessor reads least, for more than ROWS rows.
 
     Wide tiles read x less often, narrow ones occupy all multiprocessors. pair: rows of two weights at a time (SWIGLU).
+    normed: the program normalises its rows, for which it has more warps; wider than 128, its columns would be so few
+    bytes of the norm's factors to a thread that Triton does not load those ahead.
     """
 
     def programs(side: int, rows: int) -> int:
@@ -353,11 +371,12 @@ def _tile(B: int, sizes: tuple[int, ...], pair: bool, capability: tuple[int, int
     sides = [side for side in (64, 32, 16) if side <= B]
     side, rows = min(itertools.product(sides, (16, 32, 64)), key=read)
     little, height = little_memory(capability), side + (1 + pair) * rows
-    columns = (64 if little else 128) * (2 if height <= 64 else 1)
+    columns = (64 if little else 128) * (2 if height <= 64 and not normed else 1)
     memory = 90_000 if little else 150_000 if capability < (9, 0) else 200_000
     if programs(side, rows) > multiprocessors:
         memory //= 2  # for two of them side by side
-    return Tile(side, rows, columns, max(2, min(5, memory // (2 * height * columns))))
+    stages = max(3, min(5, memory // (2 * height * columns)))
+    return Tile(side, rows, columns, stages, 8 if normed else 4)
 
 
 def _project(
@@ -376,8 +395,8 @@ def _project(
         kernel, side, rows, columns, stages = project, ROWS, 16, block_of(width or 256), 4 if width else 3
     else:  # (few kinds of batch, as each compiles its own)
         kernel, config = project, device_config(x.device)
-        side, rows, columns, stages = _tile(triton.next_power_of_2(B), tuple(outputs), swiglu, *config)
-        warps = 4 if norm is None else 8  # one program to a multiprocessor, and it normalises its rows
+        batch, normed = triton.next_power_of_2(B), norm is not None
+        side, rows, columns, stages, warps = _tile(batch, tuple(outputs), swiglu, normed, *config)
     pad = 5 - len(weights)
     launch(
         kernel, -(-B // side) * sum(-(-n // rows) for n in outputs),

@@ -1,4 +1,4 @@
-"""A token of a whole block in six launches, compiled: as near to float32 as the block operation by operation."""
+"""A token of a whole block in few launches, compiled: as near to float32 as the block operation by operation."""
 
 import copy
 
@@ -38,7 +38,7 @@ def logits_of(model: HLAForCausalLM, ids: torch.Tensor, mask: torch.Tensor | Non
     return torch.stack(out, 1).double()
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16])
+@pytest.mark.parametrize("rows", [1, 5, 16, 17, 33, 64, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_error_is_that_of_the_dtype(name, dtype, rows, monkeypatch):
@@ -83,15 +83,32 @@ def test_a_prompt_shaped_in_one_launch(name, dtype, monkeypatch):
     assert error < (min(1.5 * yardstick, 5e-2) if dtype == torch.bfloat16 else 1e-5), (error, yardstick)
 
 
-def test_one_token_costs_six_launches_a_block():
+@pytest.mark.parametrize("rows", [33, 128])
+@pytest.mark.parametrize("tile_rows", [16, 256])
+def test_tiles_and_cublas_do_any_number_of_rows(tile_rows, rows, monkeypatch):
+    from hla.kernels import token
+
+    model = new_model("grouped, sizes that are no powers of two", torch.bfloat16)
+    ids = torch.randint(500, (rows, 10), device="cuda")
+    monkeypatch.setattr(token, "TILE_ROWS", tile_rows)
+    found, again = logits_of(model, ids), logits_of(model, ids)
+    monkeypatch.setattr(token, "fits", lambda block, x: False)
+    plain, truth = logits_of(model, ids), logits_of(copy.deepcopy(model).float(), ids)
+    error, yardstick = ((x - truth).norm() / truth.norm() for x in (found, plain))
+    assert torch.equal(found, again)
+    assert error <= 1.5 * yardstick and error < 5e-2, (error, yardstick)
+
+
+# fills: of fresh memory with NaN, by tests/conftest.py. spare: cuBLAS may launch twice for each of six products.
+@pytest.mark.parametrize("rows,launches,fills,spare", [(1, 6, 9, 0), (16, 6, 9, 0), (33, 7, 10, 0), (100, 13, 15, 6)])
+def test_one_token_costs_few_launches_a_block(rows, launches, fills, spare):
     from benchmarks.cuda.probes import kernels_launched
 
     counts = []
     for layers in (1, 3):
         model = HLAForCausalLM(HLAConfig(**MODELS["default"], num_hidden_layers=layers, vocab_size=500))
         model = model.eval().cuda().to(torch.bfloat16)
-        cache, ids = HLACache(model.config), torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+        cache, ids = HLACache(model.config), torch.zeros(rows, 1, dtype=torch.int64, device="cuda")
         with torch.inference_mode():
             counts.append(kernels_launched(lambda: model(input_ids=ids, past_key_values=cache), "cuda"))  # noqa: B023
-    fills = 9  # of fresh memory with NaN, by tests/conftest.py
-    assert counts[1] - counts[0] == 2 * (6 + fills)
+    assert 0 <= counts[1] - counts[0] - 2 * (launches + fills) <= 2 * spare

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hla.layers import state_tensors
+from hla.layer_state import state_tensors
 from hla.models import HLAConfig
 from hla.models.modeling_hla import HLABlock
 from tests.ops.cases import assert_close
@@ -23,13 +23,21 @@ CASES = {
     ),
     "linear_attn": dict(op="linear_attn", feature_map="identity"),
 }
-# (rows, rows up to which there are tiles, multiprocessors): the fewer multiprocessors, the larger the tiles.
-MANY = [(17, 64, 132), (17, 16, 132), (33, 64, 2), (64, 64, 2), (70, 64, 132), (70, 128, 1)]
+# (case, rows, rows up to which there are tiles, multiprocessors): the fewer multiprocessors, the larger the tiles.
+MANY = [
+    ("default", 17, 64, 132),
+    ("grouped", 17, 16, 132),
+    ("no gates", 17, 16, 132),
+    ("no gates", 33, 64, 2),
+    ("default", 64, 64, 2),
+    ("default", 65, 64, 132),
+    ("linear_attn", 70, 128, 1),
+]
 
 
 def new_block(options: dict, dtype=torch.float32, device="cpu") -> HLABlock:
     torch.manual_seed(0)
-    block = HLABlock(HLAConfig(**COMMON, **options), 0).to(device)
+    block = HLABlock(HLAConfig(**COMMON | options), 0).to(device)
     for name, parameter in block.named_parameters():
         if "node_logits" not in name:
             torch.nn.init.normal_(parameter, std=0.5) if parameter.dim() < 2 else parameter.data.mul_(2)
@@ -45,20 +53,20 @@ def test_a_token_equals_the_block(case, masked, rows):
     check(new_block(CASES[case]), rows, masked)
 
 
-@pytest.mark.parametrize("rows,tiles,multiprocessors", MANY)
-@pytest.mark.parametrize("case", ["default", "grouped", "no gates"])
+@pytest.mark.parametrize("case,rows,tiles,multiprocessors", MANY)
 def test_many_rows(case, rows, tiles, multiprocessors, monkeypatch):
     monkeypatch.setattr(kernels, "TILE_ROWS", tiles)
     monkeypatch.setattr(kernels, "device_config", lambda device: ((9, 0), multiprocessors))
-    check(new_block(CASES[case]), rows, masked=True, tokens=2)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1)  # few, for the interpreter's sake
+    check(new_block(CASES[case] | heads), rows, masked=True, tokens=1)
 
 
 def test_tiles_grow_with_the_batch_and_stay_narrow_where_few_programs_would_run():
     capability, sizes = (9, 0), (2304, 768, 12, 12, 12)
-    sides = [kernels._tile(B, sizes, False, capability, 132).side for B in (32, 64, 128, 256)]
+    sides = [kernels._tile(B, sizes, False, True, capability, 132).side for B in (32, 64, 128, 256)]
     assert sides == [32, 64, 64, 64]
-    assert kernels._tile(32, (768,), False, capability, 132)[:2] == (16, 16)
-    assert kernels._tile(32, (2048,), False, capability, 132)[:2] == (32, 16)
+    assert kernels._tile(32, (768,), False, False, capability, 132)[:2] == (16, 16)
+    assert kernels._tile(32, (2048,), False, False, capability, 132)[:2] == (32, 16)
 
 
 def test_an_input_cut_from_a_longer_one():
