@@ -349,9 +349,13 @@ def main() -> None:
     suffix = "_longest" if args.longest else "_compiled" if args.compile else ""
     out = args.out or Path(f"benchmarks/results/training_{args.device}{suffix}.csv")
     if args.report:
+        if not out.is_file():
+            parser.error(f"there are no rows in {out} yet: measure first, without --report")
         with open(out, newline="") as file:
             rows: list[Row] = list(csv.DictReader(file))
     else:
+        if args.device == "cuda" and not torch.cuda.is_available():
+            parser.error("--device cuda needs a GPU that PyTorch can use; --device cpu is a try without one")
         where: Row = environment(args.device) | (gpu_software() if args.device == "cuda" else {})
         with sdpa_kernel(BACKENDS, set_priority=True):
             rows = measure(args, out, where)

@@ -48,7 +48,8 @@ def plot(rows: list[Row], path: Path) -> None:
             if found:
                 axis.plot(*zip(*found, strict=True), style, color=f"C{i}", label=kind, markersize=4, lw=1.2)
         ticks = sorted({r["T"] for r in rows})
-        axis.set(xscale="log", xlabel="context (tokens)", title=size, ylim=(0, None))
+        top = 1.08 * max(r["tokens_per_s"] for r in rows if r["size"] == size)
+        axis.set(xscale="log", xlabel="context (tokens)", title=size, ylim=(0, top))
         axis.set_xticks(ticks, [f"{t // 1024}k" if t >= 1024 else str(t) for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)

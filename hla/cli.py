@@ -120,14 +120,17 @@ def train_command(
     accumulate: Annotated[int, typer.Option(help="Batches per step.")] = DEFAULT.accumulate,
     lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = DEFAULT.lr,
     steps: Annotated[int | None, typer.Option(help="Steps to train (1000 unless --minutes is given).")] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time to train; the schedule follows the clock.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="Time to train; the schedule follows the clock. With --steps too: whichever ends first."),
+    ] = None,
     warmup: Annotated[
         float, typer.Option(help="Warm-up: below 1 a share of the run, from 1 on steps.")
     ] = DEFAULT.warmup,
     weight_decay: Annotated[float, typer.Option(help="Weight decay, on matrices only.")] = DEFAULT.weight_decay,
     clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = DEFAULT.clip,
     eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = DEFAULT.eval_every,
-    save_every: Annotated[int, typer.Option(help="Steps between saves.")] = DEFAULT.save_every,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULT.save_every,
     keep: Annotated[int, typer.Option(help="Checkpoints to keep, the newest.")] = DEFAULT.keep,
     max_skipped: Annotated[
         int, typer.Option(help="End after so many steps in a row whose loss or gradient is not finite.")
@@ -463,7 +466,9 @@ def main() -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             _let_tell()
         else:
-            print(f"hla: {error.format_message()} (see hla --help)", file=sys.stderr)
+            context = getattr(error, "ctx", None)
+            command = f"hla {context.info_name}" if context is not None and context.parent is not None else "hla"
+            print(f"hla: {error.format_message()} (see {command} --help)", file=sys.stderr)
         status = 2
     sys.exit(status)
 

@@ -137,7 +137,7 @@ def _read_dataset(source: str) -> Iterator[Document]:
     try:
         import datasets
     except ImportError as error:
-        raise HLAError(f"{source!r} needs the library datasets: pip install 'hla[data]'") from error
+        raise HLAError(f"{source!r} needs the library datasets: pip install datasets") from error
     name, _, configuration = source.removeprefix(HUB).partition(":")
     try:
         data = datasets.load_dataset(name, configuration or None, split="train")

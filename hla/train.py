@@ -8,6 +8,7 @@ What a run is made of stands apart so that more can be built from it: ``TrainCon
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import os
@@ -103,7 +104,9 @@ def model_settings(config: TrainConfig) -> dict[str, Any]:
     known = {field.name for field in dataclasses.fields(HLAConfig)} - {"vocab_size", "bos_token_id", "eos_token_id"}
     for name in config.model:
         if name not in known:
-            raise HLAError(f"the model has no option {name!r} to set")
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ": options are the fields of hla.HLAConfig"
+            raise HLAError(f"the model has no option {name!r} to set{hint}")
     settings = {**SIZES[config.size], "max_position_embeddings": config.context, **config.model}
     return {"layer_types": layer_types(config.attention, settings["num_hidden_layers"]), **settings}
 
@@ -272,6 +275,9 @@ def _train(
         return goes_on
 
     goes_on = world.first(check)
+    if config.resume and not goes_on:
+        line = f"There is no run in {config.out!r} to go on with: a new one begins."
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
     dtype = torch.bfloat16 if half else torch.float32
     prepared = world.together(lambda: prepare(config))
@@ -393,6 +399,8 @@ class _Run:
             with suppress(OSError, ValueError):  # a kill may have come between the checkpoint and the model
                 self.saved_at = json.loads((self.folder / TRAINING_FILE).read_text(encoding="utf-8"))["steps"]
             self.say(f"Going on from step {self.step}.")
+            if self.config.steps is not None and self.step >= self.config.steps:
+                self.say(f"All {self.config.steps} steps are done: only a larger --steps trains further.")
         self.world.first(lambda: write_config(saved_form(self.config), self.folder / RUN_FILE))
 
     def loop(self, stop: Callable[[], signal.Signals | None]) -> signal.Signals | None:
@@ -406,6 +414,7 @@ class _Run:
         columns = (TextColumn("training"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[now]}"))
         with Progress(*columns, console=self.console, refresh_per_second=2) as bar:
             task = bar.add_task("training", total=1.0, now="")
+            bar.update(task, completed=min(self.progress(), 1.0))  # of a run that goes on
             while (done := self.progress()) < 1.0 and not (stopped_by := self.stop()):
                 record = self.one_step(done)
                 done = self.progress()

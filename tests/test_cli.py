@@ -96,7 +96,8 @@ WRONG = [
     ("device unknown", "train corpus --device toaster", "unknown device 'toaster'"),
     ("dtype unknown", "train corpus --dtype int8", "dtype must be"),
     ("attention unknown", "train corpus --attention window", "unknown attention 'window'"),
-    ("option of the model unknown", "train corpus --set decai=token", "no option 'decai'"),
+    ("option of the model unknown", "train corpus --set decai=token", "did you mean 'decay'?"),
+    ("option of the model like no other", "train corpus --set xyzzy=1", "the fields of hla.HLAConfig"),
     ("option of the model without a value", "train corpus --set decay", "NAME=VALUE"),
     ("option of the model with a wrong value", "train corpus --set op=hla9", "cannot be built"),
     ("output holds something else", "train corpus --out in_use", "holds other files"),
@@ -172,6 +173,13 @@ def hla(*arguments: str, cwd: Path, stdin: bytes = b"", **limits: object) -> sub
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     command = [sys.executable, "-m", "hla.cli", *arguments]
     return subprocess.run(command, cwd=cwd, input=stdin, capture_output=True, env=environment, **limits)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("arguments, command", [("train --stepz 3", "hla train"), ("sing", "hla")])
+def test_a_usage_error_says_where_help_is(arguments, command, tmp_path):
+    done = hla(*arguments.split(), cwd=tmp_path)
+    told = done.stderr.decode()
+    assert done.returncode == 2 and told.startswith("hla: No such") and told.endswith(f"(see {command} --help)\n")
 
 
 def limit_files() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import training
+from benchmarks.scale import gpus
 from hla.models import SIZES, HLAConfig, count_parameters
 
 
@@ -62,6 +63,27 @@ def test_longest(run):
 def test_steps_that_would_take_too_long_are_left_out(run):
     rows = run("--longest", "--contexts", "64", "1024", "--piece", "64", "--step-seconds", "1e-9")
     assert [(r["T"], r["error"][:8]) for r in rows] == [("64", ""), ("128", "left out")] * 3
+
+
+@pytest.mark.parametrize("module", [training, gpus])
+def test_what_cannot_be_measured_is_told_in_a_sentence(module, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+
+    def told(*options):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--out", str(tmp_path / "rows.csv"), *options])
+        with pytest.raises(SystemExit, match="2"):
+            module.main()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    if module is training:
+        assert "needs a GPU" in told()
+    else:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        assert "start it with torchrun" in told("--device", "cpu")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        assert "every process needs a GPU; there are 0" in told()
+    assert "there are no rows in" in told("--report")
 
 
 def test_flops():

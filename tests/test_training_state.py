@@ -82,6 +82,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(whole, corpus, tmp_path,
     models = [load_model(folder)[0].state_dict() for folder in (out, whole)]
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[1])
     assert [p.name for p in checkpoints(out)] == ["step-00000006", "step-00000008"]
+    over = CliRunner().invoke(app, ["train", "--resume", "--out", str(out)])
+    assert over.exit_code == 0 and "All 8 steps are done: only a larger --steps" in over.stderr
+    assert losses(out) == losses(whole)
     assert read_state(checkpoints(out)[-1])["tokens"] == load_model(whole)[2]["tokens"]
 
 

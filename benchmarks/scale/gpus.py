@@ -29,6 +29,7 @@ and again: random tokens), and on one GPU alone (every rank the same), bfloat16 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -230,9 +231,16 @@ def main() -> None:
     args.lengths.sort()
     training_out = args.out.with_stem(f"{args.out.stem}_training")
     if args.report:
+        if not any(path.is_file() for path in (args.out, training_out)):
+            parser.error(f"there are no rows in {args.out} yet: measure first, without --report")
         for path in (args.out, training_out):
-            print_table(path)
+            if path.is_file():
+                print_table(path)
         return
+    if "LOCAL_RANK" not in os.environ:
+        parser.error("start it with torchrun: torchrun --nproc-per-node 2 -m benchmarks.scale.gpus")
+    if args.device == "cuda" and int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+        parser.error(f"every process needs a GPU; there are {torch.cuda.device_count()}, and --device cpu needs none")
     budget = Budget(args.budget)
     ranks = Ranks(args.device)
     where: Row = environment(args.device) | (gpu_software() if args.device == "cuda" else {})
