@@ -56,9 +56,13 @@ class RMSNorm(nn.RMSNorm):
     Under autocast the result is rounded to its dtype once, not by every projection that reads it.
     """
 
+    def shared_weight(self) -> Tensor:
+        """The weight as it is used (tensor parallelism sums its gradient over ranks)."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-        if y.dtype != torch.float32 or not torch.is_autocast_enabled(x.device.type):
+        y = F.rms_norm(x, self.normalized_shape, self.shared_weight().to(x.dtype), self.eps)
+        if y.dtype != torch.float32 or y.is_meta or not torch.is_autocast_enabled(x.device.type):
             return y
         return y.to(torch.get_autocast_dtype(x.device.type))
 
@@ -294,7 +298,7 @@ class HigherOrderLinearAttention(nn.Module):
             o, op = pending.finish()
 
         gate = self._gate_logits(hidden_states) if gate is None else gate
-        if type(self.o_norm) is RMSNorm and self._has_kernels(o):
+        if self.o_norm is not None and self._has_kernels(o):
             from hla.kernels.shape_training import gated_norm
 
             o = gated_norm(self.o_norm, o, gate)

@@ -40,7 +40,8 @@ def backward_in_pieces(
         The loss in nats per token, a scalar without gradient.
 
     Raises:
-        ValueError: softmax layers, a sequence-parallel model, a length of a piece below 1, or shapes that do not fit.
+        ValueError: softmax layers, a sequence-parallel model, layers checkpointed with ``use_reentrant=True``, a length
+            of a piece below 1, or shapes that do not fit.
     """
     mixers = [m for m in model.modules() if isinstance(m, HigherOrderLinearAttention)]
     if "full_attention" in model.config.layer_types:
@@ -71,13 +72,15 @@ def backward_in_pieces(
     after: list[Tensor | None] = []  # gradients of the state that the piece leaves; nothing reads that of the last
     for ids, wanted in reversed(pieces):
         states = {m: map_state(_leaf, state) for m, state in entering.pop().items()}
-        with _carrying(mixers, states) as left:  # around the backward pass too: checkpointed layers run again in it
+        # (Around the backward pass too: checkpointed layers run again in it.)
+        with _carrying(mixers, states, differentiable=True) as left:
             with autocast:
                 loss = summed_cross_entropy(hidden_states(ids).flatten(0, 1), model.lm_head, wanted.flatten()) / count
             outputs, gradients = [loss], [torch.ones_like(loss)]
             if after:
                 ends = _tensors(_all_of(left, mixers), mixers)
-                pairs = [(x, dx) for x, dx in zip(ends, after, strict=True) if dx is not None]
+                # (What frozen layers at the bottom of the model leave of the first piece has none.)
+                pairs = [(x, dx) for x, dx in zip(ends, after, strict=True) if dx is not None and x.requires_grad]
                 outputs, gradients = outputs + [x for x, _ in pairs], gradients + [dx for _, dx in pairs]
             torch.autograd.backward(outputs, gradients)
         after = [x.grad for x in _tensors(states, mixers)] if states else []
@@ -86,11 +89,15 @@ def backward_in_pieces(
 
 
 @contextmanager
-def _carrying(mixers: list[HigherOrderLinearAttention], entering: States) -> Iterator[States]:
+def _carrying(
+    mixers: list[HigherOrderLinearAttention], entering: States, differentiable: bool = False
+) -> Iterator[States]:
     """Has every mixer begin with its state in ``entering`` (or at the start), and gives the states they leave."""
     left: States = {}
 
     def begin(mixer: nn.Module, args: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if differentiable and not torch.is_grad_enabled():
+            raise ValueError("a layer is checkpointed with use_reentrant=True, which leaves its state without gradient")
         return args, {**options, "state": entering.get(mixer), "output_state": True, "out_state": None}
 
     def end(mixer: nn.Module, args: Any, output: tuple[Tensor, LayerState]) -> None:

@@ -417,6 +417,12 @@ def test_autocast():
     assert state.op[0].dtype == torch.float32
 
 
+def test_shapes_on_the_meta_device():
+    layer = make_layer(torch.float32, decay="token").to("meta")
+    y, state = layer(torch.empty(2, 70, layer.hidden_size, device="meta"), output_state=True)
+    assert y.is_meta and y.shape == (2, 70, layer.hidden_size) and state.op[0].is_meta
+
+
 # -- the convolution --------------------------------------------------------------------------------------------------
 
 

@@ -71,12 +71,30 @@ def test_they_are_exact(monkeypatch):
     assert not any(block.mixer._forward_hooks or block.mixer._forward_pre_hooks for block in model.model.layers)
 
 
+def test_layers_at_the_bottom_may_be_frozen():
+    model, (ids, targets) = new(), batch()
+    for part in (model.model.embed_tokens, model.model.layers[0]):
+        part.requires_grad_(False)
+    model(input_ids=ids, shift_labels=targets, use_cache=False).loss.backward()
+    truth = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    backward_in_pieces(model, ids, targets, piece=10)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert_close(p.grad, truth[name], 1e-5, name)
+        else:
+            assert p.grad is None
+
+
 def test_what_is_refused():
     ids, targets = batch()
+    reentrant = new()
+    reentrant.gradient_checkpointing_enable({"use_reentrant": True})
     for message, model, arguments in (
         ("softmax", new(layer_types=["linear_attention", "full_attention"]), (ids, targets, 8)),
         ("piece must be", new(), (ids, targets, 0)),
         ("one shape", new(), (ids, targets[:, :-1], 8)),
+        ("use_reentrant", reentrant, (ids, targets, 8)),
     ):
         with pytest.raises(ValueError, match=message):
             backward_in_pieces(model, *arguments[:2], piece=arguments[2])

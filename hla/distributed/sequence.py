@@ -245,7 +245,7 @@ class Pending:
         self.exchange = None
         if parallel.size > 1:
             tail = self._algebra_call()
-            segment = summary_of(tail if packing is None else packing.tail_of(tail))
+            segment = summary_of(tail if packing is None else packing.tail_of(tail), backend)
             self.segment: type = type(segment)
             self.exchange = Exchange(segment, parallel.group)
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
-from torch.nn import functional as F
 
 from hla.layers import HigherOrderLinearAttention, RMSNorm
 from hla.models.modeling_hla import HLAAttention, HLABlock
@@ -81,9 +80,8 @@ class SharedRMSNorm(RMSNorm):
         self.weight = norm.weight
         self.group = group
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = _Broadcast.apply(self.weight, self.group)
-        return F.rms_norm(x, self.normalized_shape, weight.to(x.dtype), self.eps)
+    def shared_weight(self) -> Tensor:
+        return _Broadcast.apply(self.weight, self.group)
 
 
 def check_heads(blocks: Sequence[HLABlock], size: int) -> None:

@@ -68,7 +68,8 @@ class QuerySideConfig(NamedTuple):
 def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> QuerySideConfig:
     """For the kernels of `query_side`."""
     if wide:
-        return QuerySideConfig(chunk=32, warps=8 if key > 64 else 4, adjoint_ahead=0, states_stages=1, moments_stages=1, fold_stages=1)
+        warps = 8 if key > 64 else 4
+        return QuerySideConfig(32, warps, adjoint_ahead=0, states_stages=1, moments_stages=1, fold_stages=1)
     if little_memory(capability):
         return QuerySideConfig(chunk=32, states_stages=2, moments_stages=2, fold_stages=1)
     return QuerySideConfig(warps=8 if key > 64 and capability < (9, 0) else 4)

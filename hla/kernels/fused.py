@@ -140,11 +140,11 @@ def read_transformed(
     else:
         F = _state(f_enter, f_v, f_k, cv, ck, DV, DK, BV, BK)
 
-    Q += batch * q_b + h * q_h
-    K += batch * k_b + h_kv * k_h
-    V += batch * v_b + h_kv * v_h
+    Q += batch * q_b + tl.cast(h, tl.int64) * q_h
+    K += batch * k_b + tl.cast(h_kv, tl.int64) * k_h
+    V += batch * v_b + tl.cast(h_kv, tl.int64) * v_h
     if INNER is not None:
-        INNER += batch * i_b + h_p * i_h
+        INNER += batch * i_b + tl.cast(h_p, tl.int64) * i_h
     OUT += (batch * length * heads + h) * DV
     if KT is not None:
         KT += (batch * length * (heads // g_p) + h_p) * DK

@@ -66,6 +66,8 @@ class Operation:
 
         def gradient(ctx, grads):
             refuse_double_backward()
+            if all(x is None for x in grads):
+                return [None] * ctx.count, None, None
             tensors, saved = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
             given = [x is not None for x in grads]
             needs = iter(ctx.needs_input_grad[0])

@@ -90,8 +90,8 @@ def walk(
         state = tl.load(p, mask=(ck < DK)[:, None] & (cv < DV)[None, :], other=0.0).to(tl.float32)
     passed = 0.0
 
-    K += batch * k_b + (h // gk) * k_h
-    V += batch * v_b + (h // gv) * v_h
+    K += batch * k_b + tl.cast(h // gk, tl.int64) * k_h
+    V += batch * v_b + tl.cast(h // gv, tl.int64) * v_h
     chunks = tl.cdiv(stop - start, C)
     for i in range(0, chunks):
         first = start + (chunks - 1 - i if REVERSE else i) * C
@@ -114,7 +114,7 @@ def walk(
             w = tl.load(WRITE + at * (heads // gw) + h // gw, mask=live, other=0.0)
 
         if Q is not None:
-            pq = Q + batch * q_b + (h // gq) * q_h + row * q_t + (rows[:, None] * q_t + ck[None, :])
+            pq = Q + batch * q_b + tl.cast(h // gq, tl.int64) * q_h + row * q_t + (rows[:, None] * q_t + ck[None, :])
             q = tl.load(pq, mask=in_k, other=0.0).to(OPERAND)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             rounded = state.to(OPERAND)
@@ -138,8 +138,8 @@ def walk(
                 acc = tl.dot((scores - rounded.to(tl.float32)).to(OPERAND), v, acc, input_precision=PRECISION)
 
             if DOT is not None:
-                px = X + batch * x_b + (h // gx) * x_h + row * x_t + (rows[:, None] * x_t + cv[None, :])
-                x = tl.load(px, mask=in_v, other=0.0).to(tl.float32)
+                px = X + batch * x_b + tl.cast(h // gx, tl.int64) * x_h + row * x_t
+                x = tl.load(px + (rows[:, None] * x_t + cv[None, :]), mask=in_v, other=0.0).to(tl.float32)
                 tl.store(DOT + (at * heads + h) * blocks + block, tl.sum(x * acc, 1), mask=live)
                 if OWN is not None:
                     dot = own * tl.sum(x * v.to(tl.float32), 1) if EXACT and not STRICT else tl.zeros([C], tl.float32)
@@ -151,8 +151,8 @@ def walk(
             else:
                 acc *= factor
             if RESIDUAL is not None:
-                pr = RESIDUAL + batch * r_b + (h // gr) * r_h + row * r_t + (rows[:, None] * r_t + cv[None, :])
-                r = tl.load(pr, mask=in_v, other=0.0).to(tl.float32)
+                pr = RESIDUAL + batch * r_b + tl.cast(h // gr, tl.int64) * r_h + row * r_t
+                r = tl.load(pr + (rows[:, None] * r_t + cv[None, :]), mask=in_v, other=0.0).to(tl.float32)
                 if RIDGE is not None:
                     acc += r * tl.load(RIDGE + at * (heads // gi) + h // gi, mask=live, other=0.0)[:, None]
                 else:
@@ -341,8 +341,8 @@ def _row_dot(
     t = ((r // heads) % length).to(tl.int64)
     b = (r // heads // length).to(tl.int64)
     mask = (r < rows)[:, None] & (d < D)[None, :]
-    pa = A + (b * a_b + t * a_t + (h // ga) * a_h)[:, None] + d[None, :]
-    pb = B + (b * b_b + t * b_t + (h // gb) * b_h)[:, None] + d[None, :]
+    pa = A + (b * a_b + t * a_t + tl.cast(h // ga, tl.int64) * a_h)[:, None] + d[None, :]
+    pb = B + (b * b_b + t * b_t + tl.cast(h // gb, tl.int64) * b_h)[:, None] + d[None, :]
     x = tl.load(pa, mask=mask, other=0.0).to(tl.float32) * tl.load(pb, mask=mask, other=0.0).to(tl.float32)
     tl.store(OUT + r.to(tl.int64), tl.sum(x, 1), mask=r < rows)
 

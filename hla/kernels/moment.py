@@ -33,8 +33,8 @@ def _moment(
     rows = tl.arange(0, C)
     ca = tl.arange(0, BA)
     cb = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
-    A += batch * a_b + (h // ga) * a_h
-    B += batch * b_b + (h // gb) * b_h
+    A += batch * a_b + tl.cast(h // ga, tl.int64) * a_h
+    B += batch * b_b + tl.cast(h // gb, tl.int64) * b_h
     acc = tl.zeros([BA, BV], tl.float32)
     for i in range(0, tl.cdiv(stop - start, C)):
         t = start + i * C
@@ -73,12 +73,12 @@ def _weighted_read(
     co = column * BV + tl.arange(0, BV)
     p = M + batch * m_b + h * m_h + cx[:, None] * m_x + co[None, :] * m_o
     m = tl.load(p, mask=(cx < DX)[:, None] & (co < DO)[None, :], other=0.0).to(OPERAND)
-    X += batch * x_b + (h // gx) * x_h
+    X += batch * x_b + tl.cast(h // gx, tl.int64) * x_h
     if X2 is not None:
         cx2 = tl.arange(0, BX2)
         p = M2 + batch * m2_b + h * m2_h + cx2[:, None] * m2_x + co[None, :] * m2_o
         m2 = tl.load(p, mask=(cx2 < DX2)[:, None] & (co < DO)[None, :], other=0.0).to(OPERAND)
-        X2 += batch * x2_b + (h // gx2) * x2_h
+        X2 += batch * x2_b + tl.cast(h // gx2, tl.int64) * x2_h
     for i in range(0, tl.cdiv(stop - start, C)):
         t = start + i * C
         live = t + rows < stop
@@ -94,7 +94,7 @@ def _weighted_read(
             x2 = tl.load(px2, mask=in_x2, other=0.0).to(OPERAND)
             out = tl.dot(x2, m2, out, input_precision=PRECISION)
         if DOT is not None:
-            py = Y + batch * y_b + (h // gy) * y_h + row * y_t + (rows[:, None] * y_t + co[None, :])
+            py = Y + batch * y_b + tl.cast(h // gy, tl.int64) * y_h + row * y_t + (rows[:, None] * y_t + co[None, :])
             y = tl.load(py, mask=in_o, other=0.0).to(tl.float32)
             tl.store(DOT + (token * heads + h) * blocks + column, tl.sum(y * out, 1), mask=live)
         if W is not None:
@@ -162,11 +162,12 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     dS, dP = dmoments if plan == "keys" else (dmoments[0], None) if b is None else (None, dmoments[0])
     both = None if dS is None else dS + dS.mT
     db = dots_b = None
-    if both is None or dP is None:
-        x, m = (b, dP.mT) if both is None else (a, both)
-        da, dots = _read(a, w, weighs, x, m)
-        if both is not None:
-            dots = None if dots is None else 0.5 * dots  # a token's own write is read by both factors
+    if both is None:
+        assert dP is not None
+        da, dots = _read(a, w, weighs, b, dP.mT)
+    elif dP is None:
+        da, dots = _read(a, w, weighs, a, both)
+        dots = None if dots is None else 0.5 * dots  # a token's own write is read by both factors
     else:
         da, dots = _read(a, w, weighs, a, both, b, dP.mT)
     if dP is not None and (needed[1] or (weighs and both is not None)):

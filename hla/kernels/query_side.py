@@ -165,8 +165,8 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
         launch(
             adjoint, s.chunks.slots * heads,
             q, k, g, ridge, nodes, all_states, traces, xs, us, queries.o, dq, trace, yq, xsu, ux, uq,
-            s.chunks.table, *sizes, tokens, ORDER=order, **compile_time, AHEAD=s.config.adjoint_ahead, warps=s.config.warps,
-            stages=1,
+            s.chunks.table, *sizes, tokens, ORDER=order, **compile_time, AHEAD=s.config.adjoint_ahead,
+            warps=s.config.warps, stages=1,
         )  # fmt: skip
         launch(
             per_token, -(-tokens // 256),
@@ -260,7 +260,8 @@ def _run_fold(s: _Sizes, k, g, xs, us, entered, traces, dtrace, added, gated):
             k, g, xs, us, entered, traces, dtrace, added, out, dot, own, s.chunks.table,
             s.T, s.chunks.per_sequence, heads, heads // s.HKV, s.HKV // g.shape[2] if g is not None else 1,
             *k.stride()[:3], s.B * s.T * heads, ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K),
-            GATED=g is not None, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.warps, stages=s.config.fold_stages,
+            GATED=g is not None, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.warps,
+            stages=s.config.fold_stages,
         )  # fmt: skip
     return out, dot, own
 

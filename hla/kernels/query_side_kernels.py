@@ -63,7 +63,7 @@ def states(
         first = tl.load(FIRST + sequence)
         chunk = first + (start - tl.load(CHUNKS + first * 4 + 1)) // C
         at_end = (tl.load(SLOTS + slot * 4 + 3) & 2) != 0
-    K += batch * k_b + h * k_h
+    K += batch * k_b + tl.cast(h, tl.int64) * k_h
     for i in range(0, tl.cdiv(stop - start, C)):
         t = start + i * C
         live = t + rows < stop
@@ -103,7 +103,8 @@ def _chunk(
     live = start + rows < stop
     row = tl.cast(start, tl.int64)
     in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
-    k = tl.load(K + batch * k_b + hk * k_h + row * k_t + rows[:, None] * k_t + ck[None, :], mask=in_k, other=0.0)
+    pk = K + batch * k_b + tl.cast(hk, tl.int64) * k_h + row * k_t + rows[:, None] * k_t + ck[None, :]
+    k = tl.load(pk, mask=in_k, other=0.0)
     at = tl.cast(slot, tl.int64) * kv_heads + hk
     p = STATES + at * (D * D) + ck[:, None] * D + ck[None, :]
     if D == BK:
@@ -177,7 +178,8 @@ def solve(
         D, C, BK, BLOCKS, GATED, OPERAND,
     )  # fmt: skip
     row = tl.cast(start, tl.int64)
-    q = tl.load(Q + batch * q_b + h * q_h + row * q_t + rows[:, None] * q_t + ck[None, :], mask=in_k, other=0.0)
+    pq = Q + batch * q_b + tl.cast(h, tl.int64) * q_h + row * q_t + rows[:, None] * q_t + ck[None, :]
+    q = tl.load(pq, mask=in_k, other=0.0)
     ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
     nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
     x = _readings(
@@ -219,7 +221,7 @@ def adjoint(
     ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
     nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
     tl.store(TRACE + token, traces, mask=live)
-    pq = Q + (batch * q_b + h * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
+    pq = Q + (batch * q_b + tl.cast(h, tl.int64) * q_h + row * q_t) + (rows[:, None] * q_t + ck[None, :])
     x = _readings(
         tl.load(pq, mask=in_k, other=0.0), k, S, read, E, traces, live, in_k, ridge, nodes, n_n, XS + out, apart,
         ORDER - 1, OPERAND, PRECISION,
@@ -370,7 +372,7 @@ def fold(
     live = start + rows < stop
     row = tl.cast(start, tl.int64)
     in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
-    pk = K + (batch * k_b + (h // group) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
+    pk = K + (batch * k_b + tl.cast(h // group, tl.int64) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
     k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
     at_chunk = tl.cast(slot, tl.int64) * heads + h
     pm = MOMENTS + at_chunk * (D * D) + ck[:, None] * D + ck[None, :]
@@ -432,8 +434,8 @@ def per_token(
     i = tl.program_id(0) * N + tl.arange(0, N)
     live = i < rows
     h = i % heads
-    t = (i // heads) % length
-    b = (i // heads) // length
+    t = ((i // heads) % length).to(tl.int64)
+    b = ((i // heads) // length).to(tl.int64)
     ridge = tl.load(RIDGE + (b * r_b + t * r_t + h * r_h), mask=live, other=1.0).to(tl.float32)
     trace = tl.load(TRACE + i, mask=live, other=0.0)
     nodes = NODES + (b * n_b + t * n_t + h * n_h)

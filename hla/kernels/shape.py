@@ -1,7 +1,7 @@
 """From a layer's projections to what its operator takes, in one launch: convolution, feature map, norm, gates.
 
 Operation by operation these are some forty launches and, for a long prompt, as many trips of q, k and v through
-memory. Without gradients: training goes operation by operation, or through `torch.compile`, which fuses for itself.
+memory. Without gradients; `shape_training` has the same kernel with them.
 """
 
 from __future__ import annotations

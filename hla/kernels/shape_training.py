@@ -180,7 +180,7 @@ def _forward(plan: str, x, taps, write, mask, begin, *, keep: bool) -> tuple[lis
         launch(
             _shape, B * blocks * (c["HQ"] + 2 * c["HKV"]),
             x, mask, begin, None, taps, write, None, None, None, None, None, None, out, None, None, None,
-            T, blocks, x.stride(1), 0 if write is None else write.stride(1), 0, 0, eps,
+            T, blocks, channels, c["HKV"], 0, 0, eps,  # (not the strides: those of a dimension of size 1 say nothing)
             HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, BT=tokens,
             TAPS_N=0 if taps is None else taps.shape[1], MOVE=False, FEATURE=c["FEATURE"], NORM=c["NORM"], FIXED=False,
             ORDER=0, BN=16, warps=4,
@@ -209,8 +209,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     if x.numel():
         launch(
             _shape_gradient, B * blocks * (c["HQ"] + 2 * c["HKV"]),
-            x, mask, begin, taps, write, dout, dy, dtaps, dwrite, T, blocks, steps,
-            x.stride(1), 0 if write is None else write.stride(1), eps,
+            x, mask, begin, taps, write, dout, dy, dtaps, dwrite, T, blocks, steps, channels, c["HKV"], eps,
             HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, BT=tokens, TAPS_N=n,
             BTAPS=triton.next_power_of_2(max(1, n)), FEATURE=c["FEATURE"], NORM=c["NORM"], warps=warps,
         )  # fmt: skip
@@ -346,7 +345,7 @@ _norm_operation = Operation(
 def gated_norm(norm: RMSNorm, o: Tensor, gate: Tensor | None) -> Tensor:
     """``norm(o).flatten(2) * silu(gate)``: o ``[B, T, H, D]``, gate ``[B, T, H D]`` or None, in the dtype of o."""
     (out,) = _norm_operation(
-        repr(norm.eps), 1, o.contiguous(), None if gate is None else gate.contiguous(), norm.weight
+        repr(norm.eps), 1, o.contiguous(), None if gate is None else gate.contiguous(), norm.shared_weight()
     )
     return out.flatten(2)
 

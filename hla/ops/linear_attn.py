@@ -100,10 +100,13 @@ def chain(
     Returns:
         The outputs, and the final state of every stage (float32 / float64), or an empty list.
     """
-    flat = [*tensors.values(), *per_token.values(), *initial_states]
+    moments = _moments(stages, initial_states)
+    # A state that several stages begin with is given once: torch.compile takes no tensor twice.
+    starts = [x if first == i else None for i, (x, first) in enumerate(zip(initial_states, moments, strict=True))]
+    flat = [*tensors.values(), *per_token.values(), *starts]
     plan = _Plan(
         stages=tuple(stages),
-        moments=_moments(stages, initial_states),
+        moments=moments,
         tensors=tuple(tensors),
         per_token=tuple(per_token),
         outputs=tuple(outputs.items()),

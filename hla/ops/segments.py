@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -122,10 +123,10 @@ def summarize(
     return summary_of(call)
 
 
-def summary_of(call: Call) -> Segment:
+def summary_of(call: Call, backend: str | None = None) -> Segment:
     """The summary of a checked call; with ``normalize``, of its values with a column of ones behind them."""
     with no_autocast(call.q):
-        return _summary(widened(call))
+        return _summary(widened(call), backend != "torch" and _has_kernels(call.k, call.v))
 
 
 def widened(call: Call) -> Call:
@@ -135,8 +136,9 @@ def widened(call: Call) -> Call:
     return replace(call, v=torch.cat([call.v, torch.ones_like(call.v[..., :1])], -1), normalize=False)
 
 
-def _summary(c: Call) -> Segment:
+def _summary(c: Call, kernels: bool) -> Segment:
     dtype = compute_dtype(c.q, c.v)
+    moment, transformed = partial(_moment, kernels), partial(_transformed, kernels)
     decay = torch.zeros(c.k.shape[:3], dtype=wide(c.k.device), device=c.k.device)
     decay = decay if c.g is None else c.g.to(decay.dtype).clamp(min=-1000.0)
     since_start = decay.mT.contiguous().cumsum(2).mT  # (along the last dimension many times faster on a GPU)
@@ -144,37 +146,37 @@ def _summary(c: Call) -> Segment:
     until_end = (total[:, None] - since_start).to(dtype)
     total, since_start = total.to(dtype), since_start.to(dtype)
     if c.op == "linear_attn":
-        return LinearAttnSegment(total, _moment(c.k, c.v, until_end))
+        return LinearAttnSegment(total, moment(c.k, c.v, until_end))
     if c.op == "hla_q":
-        if _has_kernels(c.k, c.v):
+        if kernels:
             from hla.kernels.moment import moments_of_keys
 
             return HLAQSegment(total, *moments_of_keys(c.k, c.v, until_end.exp()))
-        return HLAQSegment(total, _moment(c.k, c.k, until_end), _moment(c.k, c.v, until_end))
+        return HLAQSegment(total, moment(c.k, c.k, until_end), moment(c.k, c.v, until_end))
     if c.op == "ahla" and c.order != 2:
         return _summary_ahla_n(c, total)
-    if not _has_kernels(c.k, c.v):
+    if not kernels:
         # Read several times from here on: their gradients are added up before they are rounded to a low precision.
         k, p, v = c.k.to(dtype), c.p.to(dtype), c.v.to(dtype)
         c = replace(c, k=k, p=k if c.p is c.k else p, v=v)
     p_gained = _per_token(c.p, c.gain) * c.scale
     if c.op == "ahla":
-        values = _transformed(c, c.v, c.g, c.gain, c.ridge)
-        return AHLASegment(total, _moment(c.k, c.v, until_end), _moment(c.k, p_gained), _moment(c.k, values, until_end))
-    keys = _transformed(c, c.k, None if c.g is None else 2 * c.g, c.gain, c.ridge, residual=c.p)
-    S = _moment(c.k, c.k, 2 * until_end)
+        values = transformed(c, c.v, c.g, c.gain, c.ridge)
+        return AHLASegment(total, moment(c.k, c.v, until_end), moment(c.k, p_gained), moment(c.k, values, until_end))
+    keys = transformed(c, c.k, None if c.g is None else 2 * c.g, c.gain, c.ridge, residual=c.p)
+    S = moment(c.k, c.k, 2 * until_end)
     if c.op == "hla2":
-        return HLA2Segment(total, S, _moment(p_gained, c.v, since_start), _moment(keys, c.v, until_end))
-    values = _transformed(c, c.v, c.g, c.value_gain, c.value_ridge)
+        return HLA2Segment(total, S, moment(p_gained, c.v, since_start), moment(keys, c.v, until_end))
+    values = transformed(c, c.v, c.g, c.value_gain, c.value_ridge)
     p_value_gained = _per_token(c.p, c.value_gain) * c.scale
     return HLA3Segment(
         total,
         S,
-        _moment(c.k, c.v, until_end),
-        _moment(p_gained, p_value_gained, 2 * since_start),
-        _moment(p_gained, values, since_start),
-        _moment(keys, p_value_gained),
-        _moment(keys, values, until_end),
+        moment(c.k, c.v, until_end),
+        moment(p_gained, p_value_gained, 2 * since_start),
+        moment(p_gained, values, since_start),
+        moment(keys, p_value_gained),
+        moment(keys, values, until_end),
     )
 
 
@@ -291,11 +293,11 @@ def advance(state: State, segment: Segment) -> State:
     raise TypeError(f"a {type(segment).__name__} can't advance a {type(state).__name__}")
 
 
-def _transformed(c: Call, x: Tensor, g, gain, ridge, residual: Tensor | None = None) -> Tensor:
+def _transformed(kernels: bool, c: Call, x: Tensor, g, gain, ridge, residual: Tensor | None = None) -> Tensor:
     """k~ or v~ of the segment itself: ``gain * scale * LA(p, k, x; g) + ridge * residual``."""
     residual = x if residual is None else residual
     run, dtype = None, compute_dtype(c.q, c.v)
-    if _has_kernels(c.k, c.v):
+    if kernels:
         from hla.kernels.chain import chain
 
         run, dtype = chain, torch.promote_types(c.p.dtype, x.dtype)
@@ -310,10 +312,10 @@ def _per_token(x: Tensor, w: float | Tensor) -> Tensor:
     return x * w[..., None] if isinstance(w, Tensor) else x * w
 
 
-def _moment(a: Tensor, b: Tensor | None, exponent: Tensor | None = None) -> Tensor:
+def _moment(kernels: bool, a: Tensor, b: Tensor | None, exponent: Tensor | None = None) -> Tensor:
     """``sum_t exp(exponent_t) a_t b_t^T [B, H, Da, Db]`` of ``[B, T, H, D]`` tensors, H the larger head count."""
     b, w = None if b is a else b, None if exponent is None else exponent.exp()
-    if _has_kernels(a, a if b is None else b):
+    if kernels:
         from hla.kernels.moment import moment
 
         return moment(a, b, w)

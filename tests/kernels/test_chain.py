@@ -3,6 +3,9 @@
 (tests/gpu runs the same kernels compiled, at sizes the interpreter would take hours for.)
 """
 
+import mmap
+import sys
+
 import pytest
 import torch
 
@@ -205,3 +208,26 @@ def test_the_gradient_of_an_output_that_a_later_stage_reads_is_not_written_to():
             assert torch.equal(y, z.to(dtype))
     for a, b in zip(*found, strict=True):
         assert_close(a, b, 1e-4)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs memory that is only taken where it is touched")
+@pytest.mark.parametrize("name", ["linear_attn", "hla2", "hla_q"])
+def test_heads_may_lie_more_than_two_billion_numbers_apart(name):
+    """As those of a long ``[B, H, T, D]`` do. An offset in 32 bits would point in front of the tensor, into zeros."""
+    T, H, K, apart = 20, 3, 16, 2**30 + 1024
+    MAP_NORESERVE = 0x4000  # (Python's mmap has had the name since 3.13)
+    size = 2 * (2**31 + H * apart)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    base = torch.frombuffer(memory, dtype=torch.float16)
+    inputs = [torch.randn(1, T, H, K).half().mul(0.3) for _ in range(3)]
+    for far in range(3):
+        views = list(inputs)
+        views[far] = base.as_strided((1, T, H, K), (H * apart, K, apart, 1), 2**31)
+        views[far].copy_(inputs[far])
+        found = []
+        for tensors in (views, inputs):
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            o, _ = getattr(hla, name)(*leaves, backend="triton")
+            found.append([o, *torch.autograd.grad(o.float().square().sum(), leaves)])
+        for x, y in zip(*found, strict=True):
+            assert torch.equal(x, y)

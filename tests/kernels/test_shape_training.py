@@ -101,6 +101,22 @@ def test_no_tokens():
     assert x.grad.shape == x.shape
 
 
+def test_one_token_whose_strides_mean_nothing():
+    """A dimension of size 1 may have any stride, and the tensor is still contiguous."""
+    layer = new_layer(CASES["grouped"])
+    qkv, write = torch.randn(1, 3, layer.channels).transpose(0, 1), torch.randn(1, 3, 2).transpose(0, 1)
+    assert qkv.is_contiguous() and qkv.stride(1) == 3 * layer.channels
+
+    def results(*leaves: torch.Tensor) -> list[torch.Tensor]:
+        leaves = tuple(x.detach().requires_grad_() for x in leaves)
+        outputs = shape_training.shaped(layer, *leaves, None, None)
+        return [*outputs, *torch.autograd.grad(sum(y.pow(3).sum() for y in outputs), leaves)]
+
+    usual = (x.view(-1).view(3, 1, -1) for x in (qkv, write))
+    for x, y in zip(results(qkv, write), results(*usual), strict=True):
+        assert torch.equal(x, y)
+
+
 def test_silu_product():
     a, b, dout = (torch.randn(3, 1000, dtype=torch.float64) for _ in range(3))
 
@@ -112,3 +128,21 @@ def test_silu_product():
     truth = results(lambda x, y: torch.nn.functional.silu(x) * y, torch.float64)
     for x, y in zip(results(shape_training.silu_product, torch.float32), truth, strict=True):
         assert_close(x, y, 1e-6)
+
+
+def test_an_output_whose_gradient_is_none():
+    """As a `torch.library` operator (so for subclasses of tensors), where eager mode has no gradient to go through."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, dy):
+            return None
+
+    a, b = torch.randn(2, 2, 8, requires_grad=True).unbind()
+    (out,) = shape_training._product_operation.op([a, b], [True, True], "")
+    found = torch.autograd.grad(Nothing.apply(out).sum() + a.sum(), [a, b], allow_unused=True)
+    assert torch.equal(found[0], torch.ones_like(a)) and found[1] is None

@@ -452,6 +452,21 @@ def test_torch_compile_fullgraph():
         assert_close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("name", ["hla_q4", "hla3"])
+def test_torch_compile_fullgraph_from_a_state(name):
+    x = Inputs(name, "g", B=1, T=20, dtype=torch.float32)
+    _, state = getattr(hla, x.op)(x.q, x.k, x.v, **x.kw, output_final_state=True)
+    leaves = [y.clone().requires_grad_() for y in (x.q, x.k, x.v)]
+
+    def run(q, k, v):
+        return getattr(hla, x.op)(q, k, v, **x.kw, initial_state=state)[0]
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    o, truth = (f(*leaves) for f in (compiled, run))
+    for a, b in zip(*(gradients(y, leaves, torch.ones_like(y)) for y in (o, truth)), strict=True):
+        assert_close(a, b, 1e-5)
+
+
 @pytest.mark.parametrize("name", ["linear_attn", "hla3"])
 def test_autocast_changes_no_bit(name):
     """The operators keep their float32 sums under autocast: in the chunk form, its backward and the token step."""
