@@ -21,7 +21,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Sums of the same float32 products in another order. hla_q subtracts what nearly cancels: from the empty state, either
 # form is a few 1e-6 away from float64.
 ROUNDING = 2e-6
-ROUNDING_HLA_Q = 1e-5
+ROUNDING_HLA_Q = 2e-5  # kernel and PyTorch form are each up to 6e-6 from float64, in their own directions
 
 HAVE_KERNELS = [(n, o) for n, o in CASES if n not in ("ahla3", "hla_n4", "hla_n5")]
 # Every path through the kernels: the switches alone and together, and the query side.
