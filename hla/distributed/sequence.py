@@ -173,9 +173,7 @@ class SequenceParallel:
             x: the last (at least ``before``) inputs of this rank's piece, which has ``length``: ``[B, T, C]``.
             history: what was before the whole sequence, ``[B, C, before]``, as are both results.
         """
-        if before == 0:
-            return history, history_after(history, x, 0)
-        if self.size == 1:
+        if before == 0 or self.size == 1:
             return history, history_after(history, x, before)
         return self._history(x, length, before, history, True, None)
 

@@ -14,6 +14,7 @@ from hla.kernels.configs import block
 from hla.kernels.launch import launch
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import _config, sum_heads
+from hla.kernels.query_side_kernels import _segment
 from hla.kernels.segments import cut
 
 
@@ -27,9 +28,7 @@ def _moment(
     blocks: tl.constexpr = (DB + BV - 1) // BV
     h = (tl.program_id(0) // blocks) % heads
     slot = tl.program_id(0) // (blocks * heads)
-    batch = tl.cast(slot // per_sequence, tl.int64)
-    start = (slot % per_sequence) * segment
-    stop = tl.minimum(start + segment, length)
+    _, batch, start, stop = _segment(None, slot, per_sequence, segment, length)
     rows = tl.arange(0, C)
     ca = tl.arange(0, BA)
     cb = tl.program_id(0) % blocks * BV + tl.arange(0, BV)
@@ -65,9 +64,7 @@ def _weighted_read(
     column = tl.program_id(0) % blocks
     h = (tl.program_id(0) // blocks) % heads
     slot = tl.program_id(0) // (blocks * heads)
-    batch = tl.cast(slot // per_sequence, tl.int64)
-    start = (slot % per_sequence) * segment
-    stop = tl.minimum(start + segment, length)
+    _, batch, start, stop = _segment(None, slot, per_sequence, segment, length)
     rows = tl.arange(0, C)
     cx = tl.arange(0, BX)
     co = column * BV + tl.arange(0, BV)

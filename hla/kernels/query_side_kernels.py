@@ -25,6 +25,17 @@ def _segment(SLOTS, slot, per_sequence, segment, length):
 
 
 @triton.jit
+def _first_chunk(CHUNKS, FIRST, sequence, start, chunks_per_sequence, C: tl.constexpr):
+    """The slot of a segment's first chunk."""
+    if CHUNKS is None:
+        chunk = sequence * chunks_per_sequence + start // C
+    else:
+        first = tl.load(FIRST + sequence)
+        chunk = first + (start - tl.load(CHUNKS + first * 4 + 1)) // C
+    return chunk
+
+
+@triton.jit
 def _decays(G, at, live, heads, h):
     """Log2-decays of a chunk, and their sums up to each token. (See `linear_attn.walk` for the bound.)"""
     g = tl.load(G + at * heads + h, mask=live, other=0.0).to(tl.float32)
@@ -56,12 +67,10 @@ def states(
         pe = ENTER + tl.cast(slot if SPLIT else sequence, tl.int64) * e_n + h * e_h
         state = tl.load(pe + ck[:, None] * e_k + cv[None, :] * e_v, mask=inside, other=0.0).to(tl.float32)
     trace = tl.sum(tl.sum(tl.where(ck[:, None] == cv[None, :], state, 0.0), 0), 0)
-    if CHUNKS is None:
-        chunk = sequence * chunks_per_sequence + start // C
+    chunk = _first_chunk(CHUNKS, FIRST, sequence, start, chunks_per_sequence, C)
+    if SLOTS is None:
         at_end = start + segment >= length
     else:
-        first = tl.load(FIRST + sequence)
-        chunk = first + (start - tl.load(CHUNKS + first * 4 + 1)) // C
         at_end = (tl.load(SLOTS + slot * 4 + 3) & 2) != 0
     K += batch * k_b + tl.cast(h, tl.int64) * k_h
     for i in range(0, tl.cdiv(stop - start, C)):
@@ -300,11 +309,7 @@ def moments(
         state = tl.load(p, mask=inside, other=0.0).to(tl.float32)
         if ENTER_TRACE is not None:
             m = tl.load(ENTER_TRACE + at * heads + h)
-    if CHUNKS is None:
-        chunk = sequence * chunks_per_sequence + start // C
-    else:
-        first = tl.load(FIRST + sequence)
-        chunk = first + (start - tl.load(CHUNKS + first * 4 + 1)) // C
+    chunk = _first_chunk(CHUNKS, FIRST, sequence, start, chunks_per_sequence, C)
     chunks = tl.cdiv(stop - start, C)
     for j in range(0, chunks * ORDER):  # one loop, so that the loads of the next chunk are ahead too
         n = j % ORDER
