@@ -6,9 +6,11 @@ heads and vocabulary. All are trained as `hla train` does it: float32 weights, b
 (`hla.loss`), clipping, AdamW (fused); attention takes cuDNN where it can, else flash. A call is one optimizer step over
 ``--tokens`` tokens in all: as many rows of T tokens as that makes, in micro-batches of up to ``MICRO`` tokens, the same
 for all models of a row. Rows longer than that have their activations recomputed layer by layer. Where models fit
-beside each other they take turns, step by step. Columns:
+beside each other they take turns, step by step. With ``--graphs`` forward and backward passes of all models are CUDA
+graphs (`hla.graphed`), which is how `hla train` runs on one GPU; without, Python launches every kernel. Columns:
 
     micro_batch     rows at a time
+    graphs          1 with ``--graphs``
     ms_per_step     median, between CUDA events
     model_flops     per token, forward and backward without recomputation: ``6 N + 3 L (mixer)``, N the weights in
                     linear maps (head included, embedding not), L layers, per head of width D and token forward
@@ -18,7 +20,8 @@ beside each other they take turns, step by step. Columns:
                     (as recurrences, however it is computed: work that only chunks or checkpointing cause is no credit)
     mfu             model_flops x tokens per second / the 989 TFLOP/s of the H100's data sheet (bfloat16, dense)
     mfu_measured    the same of the matmul rate measured in this run
-    peak_mib        largest memory in use during a step: this model's weights, moments, gradients and activations
+    peak_mib        largest memory in use during a step: this model's weights, moments, gradients and activations (with
+                    graphs in use between steps, too, for they keep their memory)
     vs_softmax      tokens per second, divided by those of the same model with softmax attention
 
 ``--longest`` measures something else: the longest sequence one step can train on, T doubling until memory or the time
@@ -34,8 +37,10 @@ import csv
 import importlib.util
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -46,6 +51,7 @@ from benchmarks.cuda.probes import ceilings
 from benchmarks.generation import new_delta, new_hla, new_softmax
 from benchmarks.measure import environment, gpu_software, interleaved_medians, peak_bytes, say, synchronize, write_csv
 from benchmarks.training_report import DELTA, HLA, LLAMA, SOFTMAX, Row, plot, print_table
+from hla.graphed import EAGER, Graphed, Pool
 from hla.loss import summed_cross_entropy
 from hla.models import SIZES, HLAConfig, HLAForCausalLM, count_parameters
 from hla.pieces import backward_in_pieces
@@ -81,6 +87,7 @@ class Trained:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.held = 3 * 4 * self.parameters  # bytes between steps
         self.recomputes = False
+        self.graphed: Graphed | None = None
         self.step(*batch(1, 128, device), 1)
         for layer in self.model.model.layers if compile else ():
             layer.forward = torch.compile(layer.forward)  # inside of checkpointing, which stays eager
@@ -90,18 +97,39 @@ class Trained:
             recompute_activations(self.model)
         self.recomputes = True
 
-    def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Sum over the tokens."""
-        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=self.device == "cuda"):
+    def capture(self, pool: Pool | None) -> None:
+        """From now on with CUDA graphs, whose memory models that take turns share (without a pool, on a CPU: none)."""
+        self.release()
+        self.graphed = Graphed(self.loss, self.model.parameters(), pool)
+
+    def release(self) -> None:
+        """Without graphs again; their memory is free."""
+        self.graphed = None
+        self.clear()
+
+    def clear(self) -> None:
+        if self.graphed is None:
+            self.optimizer.zero_grad(set_to_none=True)
+        else:
+            self.graphed.zero_grad()
+
+    def loss(self, ids: Tensor, targets: Tensor, total: int) -> Tensor:
+        """Sum over the tokens, divided by ``total``."""
+        # (Without the cache of casts, as `hla.loss.mean_loss`.)
+        half = self.device == "cuda"
+        with torch.autocast(self.device, dtype=torch.bfloat16, enabled=half, cache_enabled=False):
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-            return summed_cross_entropy(hidden.flatten(0, 1), self.model.lm_head, targets.flatten())
+            return summed_cross_entropy(hidden.flatten(0, 1), self.model.lm_head, targets.flatten()) / total
 
     def backward(self, ids: Tensor, targets: Tensor, rows: int) -> Tensor:
         """The mean loss; its gradient is left in the parameters."""
         total = torch.zeros((), device=self.device)
         for some, wanted in zip(ids.split(rows), targets.split(rows), strict=True):
-            part = self.loss(some, wanted) / targets.numel()
-            part.backward()
+            if self.graphed is None:
+                part = self.loss(some, wanted, targets.numel())
+                part.backward()
+            else:
+                part = self.graphed(ids=some, targets=wanted, total=targets.numel())
             total += part.detach()
         return total
 
@@ -115,7 +143,7 @@ class Trained:
         try:
             return self.backward(ids, targets, rows), self.update()
         finally:  # what runs out of memory must not leave gradients behind
-            self.optimizer.zero_grad(set_to_none=True)
+            self.clear()
 
     def step_in_pieces(self, ids: Tensor, targets: Tensor, piece: int) -> tuple[Tensor, Tensor]:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
@@ -130,6 +158,14 @@ def batch(rows: int, length: int, device: str) -> tuple[Tensor, Tensor]:
     generator = torch.Generator(device).manual_seed(0)
     tokens = torch.randint(HLAConfig().vocab_size, (rows, length + 1), generator=generator, device=device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def one_document_per_row() -> AbstractContextManager[Any]:
+    """Tells transformers (for Llama) what it would find out by waiting for the GPU.
+
+    While a graph is captured it does not wait, and builds a mask in the place of plain causality, just in case.
+    """
+    return mock.patch("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
 
 
 def model_flops(trained: Trained, length: int) -> float:
@@ -178,18 +214,26 @@ def measure_together(
     steps: dict[str, Callable[[], object]] = {}
     memory: dict[str, int | None] = {}
     errors = {kind: error for kind, (_, error) in models.items()}
+    captured = args.graphs and args.device == "cuda"
+    pool = Pool.on(torch.device("cuda", torch.cuda.current_device())) if captured else None
     for kind, (trained, _) in models.items():
         if trained is None:
             continue
         if length > MICRO[size]:
             trained.recompute()
+        if args.graphs:
+            trained.capture(pool)
 
         def step(trained: Trained = trained) -> object:
             return trained.step(ids, targets, micro)
 
+        def first(step: Callable[[], object] = step) -> None:
+            for _ in range(EAGER + 1 if args.graphs else 1):  # until everything is captured
+                step()
+
         start = time.perf_counter()
-        memory[kind], errors[kind] = guarded(peak_bytes, step, args.device, budget=budget)
-        say(f"{size}, {length} tokens, {kind}: first step {time.perf_counter() - start:.1f} s {errors[kind]}")
+        memory[kind], errors[kind] = guarded(peak_bytes, first, args.device, budget=budget)
+        say(f"{size}, {length} tokens, {kind}: first steps {time.perf_counter() - start:.1f} s {errors[kind]}")
         if not errors[kind]:
             steps[kind] = step
     times, error = guarded(interleaved_medians, steps, args.device, args.seconds)
@@ -209,13 +253,16 @@ def measure_together(
             {
                 "model": kind, "size": size, "parameters": "" if trained is None else trained.parameters, "T": length,
                 "batch": rows_in_all, "micro_batch": micro, "recompute": int(length > MICRO[size]),
-                "compile": int(args.compile), "ms_per_step": "" if ms is None else round(ms, 2),
+                "compile": int(args.compile), "graphs": int(args.graphs),
+                "ms_per_step": "" if ms is None else round(ms, 2),
                 "tokens_per_s": "" if speed is None else round(speed), "model_flops": flops or "",
                 "mfu": _share(flops, speed, DATA_SHEET), "mfu_measured": _share(flops, speed, rate),
                 "peak_mib": "" if peak is None or trained is None else round((peak + trained.held) / 2**20),
                 "error": errors[kind],
             }
         )  # fmt: skip
+        if trained is not None and args.graphs:
+            trained.release()
     return result
 
 
@@ -334,19 +381,24 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(MAKERS), default=list(MAKERS))
     parser.add_argument("--tokens", type=int, default=32768, help="of a step")
     parser.add_argument("--compile", action="store_true", help="every layer of every model with torch.compile")
+    parser.add_argument("--graphs", action="store_true", help="forward and backward of every model as CUDA graphs")
     parser.add_argument("--piece", type=int, default=16384, help="tokens of a piece of the longest sequence")
     parser.add_argument("--step-seconds", type=float, default=40.0, help="of the longest sequence: no longer steps")
     parser.add_argument("--seconds", type=float, default=1.0, help="of measuring per row")
     parser.add_argument("--budget", type=float, default=200.0, help="seconds after which nothing new starts")
     parser.add_argument("--report", action="store_true", help="measure nothing: table and plot of the rows in OUT")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/training_DEVICE[_compiled|_longest].csv")
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/training_DEVICE[_compiled|_graphs|_longest].csv"
+    )
     args = parser.parse_args()
+    if args.graphs and (args.compile or args.longest):
+        parser.error("--graphs goes neither with --compile nor with --longest")
     args.sizes = args.sizes or (["medium"] if args.longest else ["base", "medium", "large"])
     args.contexts = sorted(args.contexts or ([32768, 1 << 20] if args.longest else [2048, 8192, 32768]))
     if not args.report and importlib.util.find_spec("fla") is None and DELTA in args.models:
         say("flash-linear-attention is not installed: its rows are left out")
         args.models.remove(DELTA)
-    suffix = "_longest" if args.longest else "_compiled" if args.compile else ""
+    suffix = "_longest" if args.longest else "_compiled" if args.compile else "_graphs" if args.graphs else ""
     out = args.out or Path(f"benchmarks/results/training_{args.device}{suffix}.csv")
     if args.report:
         if not out.is_file():
@@ -357,7 +409,7 @@ def main() -> None:
         if args.device == "cuda" and not torch.cuda.is_available():
             parser.error("--device cuda needs a GPU that PyTorch can use; --device cpu is a try without one")
         where: Row = environment(args.device) | (gpu_software() if args.device == "cuda" else {})
-        with sdpa_kernel(BACKENDS, set_priority=True):
+        with sdpa_kernel(BACKENDS, set_priority=True), one_document_per_row() if args.graphs else nullcontext():
             rows = measure(args, out, where)
         say(f"wrote {out}")
     print_table(rows)

@@ -96,63 +96,138 @@ def train_command(
             "that hla tokenize made; nothing: the built-in speeches."
         ),
     ] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings in a TOML file; options given here win.")] = None,
-    out: Annotated[str, typer.Option(help="Folder for the model, metrics and loss.png.")] = DEFAULT.out,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.")] = False,
+    config: Annotated[
+        Path | None, typer.Option(help="Settings in a TOML file; options given here win.", rich_help_panel="Run")
+    ] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder for the model, metrics and loss.png.", rich_help_panel="Run")
+    ] = DEFAULT.out,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier run in that folder.", rich_help_panel="Run")
+    ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in that folder; begin it if there is none.")
+        bool,
+        typer.Option(
+            "--resume", help="Go on with the run in that folder; begin it if there is none.", rich_help_panel="Run"
+        ),
     ] = False,
     weights: Annotated[
-        str, typer.Option(metavar="W,W,...", help="Mix the sources: how often rows come from each, e.g. 0.7,0.3.")
+        str,
+        typer.Option(
+            metavar="W,W,...",
+            help="Mix the sources: how often rows come from each, e.g. 0.7,0.3.",
+            rich_help_panel="Data",
+        ),
     ] = "",
-    size: Annotated[str, typer.Option(help="tiny, small, base, medium or large.")] = DEFAULT.size,
+    size: Annotated[
+        str, typer.Option(help="tiny, small, base, medium or large.", rich_help_panel="Model")
+    ] = DEFAULT.size,
     attention: Annotated[
-        str, typer.Option(help='"hla", "softmax", or a pattern repeated over the layers: "hla,hla,softmax".')
+        str,
+        typer.Option(
+            help='"hla", "softmax", or a pattern repeated over the layers: "hla,hla,softmax".', rich_help_panel="Model"
+        ),
     ] = DEFAULT.attention,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help='Model option, e.g. op=ahla or decay="token"; repeatable.'),
+        typer.Option(
+            "--set",
+            metavar="NAME=VALUE",
+            help='Model option, e.g. op=ahla or decay="token"; repeatable.',
+            rich_help_panel="Model",
+        ),
     ] = None,
-    tokenizer: Annotated[str, typer.Option(help='"bpe" (trained on the text) or "bytes".')] = DEFAULT.tokenizer,
-    vocab_size: Annotated[int, typer.Option(help="Token ids of the BPE.")] = DEFAULT.vocab_size,
-    context: Annotated[int, typer.Option(help="Tokens per row.")] = DEFAULT.context,
-    batch_size: Annotated[int, typer.Option(help="Rows per batch.")] = DEFAULT.batch_size,
-    accumulate: Annotated[int, typer.Option(help="Batches per step.")] = DEFAULT.accumulate,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = DEFAULT.lr,
-    steps: Annotated[int | None, typer.Option(help="Steps to train (1000 unless --minutes is given).")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help='"bpe" (trained on the text) or "bytes".', rich_help_panel="Data")
+    ] = DEFAULT.tokenizer,
+    vocab_size: Annotated[int, typer.Option(help="Token ids of the BPE.", rich_help_panel="Data")] = DEFAULT.vocab_size,
+    context: Annotated[int, typer.Option(help="Tokens per row.", rich_help_panel="Data")] = DEFAULT.context,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows per batch.", rich_help_panel="Optimisation")
+    ] = DEFAULT.batch_size,
+    accumulate: Annotated[
+        int, typer.Option(help="Batches per step.", rich_help_panel="Optimisation")
+    ] = DEFAULT.accumulate,
+    lr: Annotated[
+        float, typer.Option(help="Peak learning rate of AdamW.", rich_help_panel="Optimisation")
+    ] = DEFAULT.lr,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps to train (1000 unless --minutes is given).", rich_help_panel="Optimisation"),
+    ] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="Time to train; the schedule follows the clock. With --steps too: whichever ends first."),
+        typer.Option(
+            help="Time to train; the schedule follows the clock. With --steps too: whichever ends first.",
+            rich_help_panel="Optimisation",
+        ),
     ] = None,
     warmup: Annotated[
-        float, typer.Option(help="Warm-up: below 1 a share of the run, from 1 on steps.")
+        float,
+        typer.Option(help="Warm-up: below 1 a share of the run, from 1 on steps.", rich_help_panel="Optimisation"),
     ] = DEFAULT.warmup,
-    weight_decay: Annotated[float, typer.Option(help="Weight decay, on matrices only.")] = DEFAULT.weight_decay,
-    clip: Annotated[float, typer.Option(help="Largest gradient norm.")] = DEFAULT.clip,
-    eval_every: Annotated[int, typer.Option(help="Steps between validations.")] = DEFAULT.eval_every,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = DEFAULT.save_every,
-    keep: Annotated[int, typer.Option(help="Checkpoints to keep, the newest.")] = DEFAULT.keep,
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay, on matrices only.", rich_help_panel="Optimisation")
+    ] = DEFAULT.weight_decay,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm.", rich_help_panel="Optimisation")] = DEFAULT.clip,
+    eval_every: Annotated[
+        int, typer.Option(help="Steps between validations.", rich_help_panel="Run")
+    ] = DEFAULT.eval_every,
+    save_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints.", rich_help_panel="Run")
+    ] = DEFAULT.save_every,
+    keep: Annotated[int, typer.Option(help="Checkpoints to keep, the newest.", rich_help_panel="Run")] = DEFAULT.keep,
     max_skipped: Annotated[
-        int, typer.Option(help="End after so many steps in a row whose loss or gradient is not finite.")
+        int,
+        typer.Option(
+            help="End after so many steps in a row whose loss or gradient is not finite.",
+            rich_help_panel="Optimisation",
+        ),
     ] = DEFAULT.max_skipped,
     telemetry_every: Annotated[
-        int, typer.Option(help="Steps between measurements of the states and outputs of all layers.")
+        int,
+        typer.Option(help="Steps between measurements of the states and outputs of all layers.", rich_help_panel="Run"),
     ] = DEFAULT.telemetry_every,
     recompute: Annotated[
-        bool, typer.Option("--recompute/--no-recompute", help="Recompute activations: less memory, a third more time.")
+        bool,
+        typer.Option(
+            "--recompute/--no-recompute",
+            help="Recompute activations: less memory, a third more time.",
+            rich_help_panel="Scale",
+        ),
     ] = DEFAULT.recompute,
     compile: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.")
+        bool,
+        typer.Option("--compile/--no-compile", help="Compile the model with torch.compile.", rich_help_panel="Scale"),
     ] = DEFAULT.compile,
-    seed: Annotated[int, typer.Option(help="Seed of the split, the weights and the order.")] = DEFAULT.seed,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = DEFAULT.device,
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 on a GPU), float32 or bfloat16.")] = DEFAULT.dtype,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Replay forward and backward passes as CUDA graphs (default: on one GPU, without --compile).",
+            rich_help_panel="Scale",
+        ),
+    ] = DEFAULT.cuda_graphs,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the split, the weights and the order.", rich_help_panel="Run")
+    ] = DEFAULT.seed,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Run")] = DEFAULT.device,
+    dtype: Annotated[
+        str, typer.Option(help="auto (bfloat16 on a GPU), float32 or bfloat16.", rich_help_panel="Scale")
+    ] = DEFAULT.dtype,
     dp: Annotated[
         int | None,
-        typer.Option(help="Under torchrun: ranks that share the rows of a batch (default: all that are left)."),
+        typer.Option(
+            help="Under torchrun: ranks that share the rows of a batch (default: all that are left).",
+            rich_help_panel="Scale",
+        ),
     ] = None,
-    sp: Annotated[int, typer.Option(help="Under torchrun: ranks that share each sequence.")] = DEFAULT.sp,
-    tp: Annotated[int, typer.Option(help="Under torchrun: ranks that share the heads of each layer.")] = DEFAULT.tp,
+    sp: Annotated[
+        int, typer.Option(help="Under torchrun: ranks that share each sequence.", rich_help_panel="Scale")
+    ] = DEFAULT.sp,
+    tp: Annotated[
+        int, typer.Option(help="Under torchrun: ranks that share the heads of each layer.", rich_help_panel="Scale")
+    ] = DEFAULT.tp,
 ) -> None:
     """Train a model on text and save it as a Hugging Face model folder. Ctrl-C saves and ends."""
     from hla.distributed.world import before_meeting

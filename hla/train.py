@@ -29,7 +29,8 @@ from hla.data import Batch, Row, fingerprint, pack_rows, token_bytes
 from hla.distributed.world import World, before_meeting, meet, ranks_started
 from hla.errors import HLAError
 from hla.evaluate import Evaluation, evaluate
-from hla.loss import summed_cross_entropy
+from hla.graphed import GraphedTraining
+from hla.loss import mean_loss
 from hla.metrics import Metrics
 from hla.plots import plot_loss
 from hla.signals import stop_signals
@@ -130,7 +131,7 @@ def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreT
 
 def recompute_activations(model: PreTrainedModel) -> None:
     """Keep only the inputs of the layers, and compute what is in between again in the backward pass."""
-    options = {"use_reentrant": False}
+    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random, and a capture cannot ask
     if hasattr(model, "activation_checkpointing_enable"):  # the name in newer releases of transformers
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
@@ -183,25 +184,36 @@ def train_step(
     *,
     clip: float,
     dtype: torch.dtype = torch.float32,
+    graphed: GraphedTraining | None = None,
 ) -> tuple[float, float]:
     """One optimizer step on the mean loss over all tokens of ``batches`` (micro-batches, one after the other).
+
+    Args:
+        graphed: of the same model and dtype; the same numbers, with CUDA graphs.
 
     Returns:
         (loss in nats per token, gradient norm before clipping). If either is not finite the weights stay as they were.
     """
     total = sum(batch.targets.numel() for batch in batches)
-    loss = 0.0
+    parts = []
     for batch in batches:
-        targets = batch.targets[0].to(model.device)
-        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden = model.model(**batch.inputs(model.device), use_cache=False).last_hidden_state
-            part = summed_cross_entropy(hidden.flatten(0, 1), model.lm_head, targets) / total
-        part.backward()
-        loss += part.item()
+        inputs, targets = batch.inputs(model.device), batch.targets[0].to(model.device)
+        if graphed is None:
+            part = mean_loss(model, inputs, targets, total, dtype)
+            part.backward()
+        else:
+            part = graphed(inputs, targets, total)
+        parts.append(part.detach())
+    loss = 0.0
+    for value in torch.stack(parts).tolist():  # one wait for the device
+        loss += value
     norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if graphed is None:
+        optimizer.zero_grad(set_to_none=True)
+    else:
+        graphed.zero_grad()
     return loss, norm
 
 
@@ -362,6 +374,8 @@ class _Run:
         self.world, self.spread, self.parameters = world, spread, parameters
         self.folder = Path(config.out)
         self.optimizer = build_optimizer(model, config.lr, config.weight_decay)
+        graphs = spread is None and config.captures(model.device.type)
+        self.graphed = GraphedTraining(model, dtype) if graphs else None
         self.metrics = Metrics(self.folder if world.rank == 0 else None)
         self.watch = Watch()
         self.sizes = [len(text) for text in token_bytes(prepared.tokenizer)]
@@ -464,7 +478,8 @@ class _Run:
         rows = step_rows(self.prepared.train, config, self.step)
         if self.spread is None:
             batches = [pack_rows(part) for part in rows]
-            loss, norm = train_step(self.model, self.optimizer, batches, clip=config.clip, dtype=self.dtype)
+            how: Any = {"clip": config.clip, "dtype": self.dtype, "graphed": self.graphed}
+            loss, norm = train_step(self.model, self.optimizer, batches, **how)
         else:
             loss, norm = self.spread.step(self.optimizer, rows, config.clip)
         self.step += 1

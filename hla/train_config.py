@@ -62,6 +62,8 @@ class TrainConfig:
     telemetry_every: int = 100  # steps
     recompute: bool = False  # activations in the backward pass, layer by layer, instead of keeping them
     compile: bool = False  # with torch.compile
+    # Micro-batches as CUDA graphs, on one GPU; None: there and without compile. The numbers are the same either way.
+    cuda_graphs: bool | None = None
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -96,12 +98,20 @@ class TrainConfig:
         _check(self.dtype in ("auto", "float32", "bfloat16"), f"dtype must be float32 or bfloat16, not {self.dtype!r}")
         _check(bool(self.out), "the output folder has no name")
         _check(not (self.overwrite and self.resume), "overwrite and resume exclude each other")
+        _check(not (self.compile and self.cuda_graphs), "compile and cuda_graphs exclude each other")
+
+    def captures(self, device: str) -> bool:
+        """Whether one process captures its micro-batches in CUDA graphs on a device of this type."""
+        # Where values are checked (HLA_CHECK) the host waits for the device, which a capture cannot.
+        wanted = not self.compile and os.environ.get("HLA_CHECK") != "1"
+        return device == "cuda" and (wanted if self.cuda_graphs is None else self.cuda_graphs)
 
     def mesh(self, ranks: int) -> tuple[int, int, int]:
         """The sizes of dp, sp and tp for so many processes.
 
         Raises:
-            HLAError: they are not as many, or the batch or the context cannot be shared out among them.
+            HLAError: they are not as many, or the batch or the context cannot be shared out among them; or a setting
+                is for one process.
         """
         dp = self.dp if self.dp is not None else max(ranks // (self.sp * self.tp), 1)
         wanted = dp * self.sp * self.tp
@@ -112,6 +122,10 @@ class TrainConfig:
         _check(self.batch_size % dp == 0, f"batch_size must be divisible by dp: {self.batch_size} rows for {dp} ranks")
         _check(
             self.context % self.sp == 0, f"context must be divisible by sp: {self.context} tokens for {self.sp} ranks"
+        )
+        _check(
+            ranks == 1 or not self.cuda_graphs,
+            f"cuda_graphs is for one process, and torchrun has started {ranks}: use --no-cuda-graphs",
         )
         _check(ranks == 1 or "-" not in self.data, "standard input cannot be read by several processes: use a file")
         return dp, self.sp, self.tp

@@ -29,7 +29,9 @@ def _fill_empty_with_nan():
     def filled(original):
         def function(*args, **kwargs):
             x = original(*args, **kwargs)
-            return x.fill_(float("nan")) if x.is_floating_point() and not x.is_meta else x
+            if x.is_floating_point() and not x.is_meta:
+                x.detach().fill_(float("nan"))  # (detached: a leaf that needs a gradient refuses writes)
+            return x
 
         return function
 

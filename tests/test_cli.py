@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
+from typer.core import TyperOption
 from typer.testing import CliRunner
 
 from hla.cli import app
@@ -272,6 +274,15 @@ def test_compressors_are_the_command_line_tools(place):
             packed = subprocess.run([*tool, "-c"], input=data, capture_output=True, check=True).stdout
             assert result[name] == pytest.approx(8 * len(packed) / len(data), rel=0.01)
         assert 0 < result[name] < 8
+
+
+def test_every_option_of_train_has_its_place_in_the_help():
+    """A table per purpose; an option without one would open a sixth table with --help."""
+    command = typer.main.get_command(app).commands["train"]
+    panels = {option.name: option.rich_help_panel for option in command.params if isinstance(option, TyperOption)}
+    assert set(panels.values()) == {"Model", "Data", "Optimisation", "Run", "Scale"}, panels
+    shown = RUNNER.invoke(app, ["train", "--help"]).stdout
+    assert all(f" {panel} " in shown for panel in panels.values())
 
 
 def test_help_names_the_commands():

@@ -36,7 +36,7 @@ def test_what_is_written_is_read_back(data, lr, minutes, model, tmp_path_factory
 
 def test_every_setting_but_how_to_start_is_saved():
     names = {f.name for f in dataclasses.fields(TrainConfig)} - {"overwrite", "resume", "dp", "sp", "tp"}
-    shown = config_text(TrainConfig(minutes=1.0, steps=1, model={"op": "ahla"}))
+    shown = config_text(TrainConfig(minutes=1.0, steps=1, cuda_graphs=True, model={"op": "ahla"}))
     assert {line.split(" = ")[0] for line in shown.splitlines() if " = " in line} - {"op"} == names - {"model"}
     assert "[model]" in shown
 
@@ -51,6 +51,7 @@ def test_every_setting_but_how_to_start_is_saved():
         ('lr = "fast"', "lr must be a number, not 'fast'"),
         ("data = 3", "data must be text, not 3"),
         ("compile = 1", "compile must be true or false, not 1"),
+        ("cuda_graphs = 1", "cuda_graphs must be true or false, not 1"),
         ("model = 3", "model must be a table"),
         ("lr = ", "is not TOML"),
     ],

@@ -47,6 +47,33 @@ def test_speed(run, monkeypatch, tmp_path):
     assert (tmp_path / "rows.png").exists()
 
 
+def test_with_graphs(run, monkeypatch):
+    """(Which a CPU does not have: the way there.)"""
+    monkeypatch.setitem(training.MICRO, "tiny", 64)
+    calls = []
+    real = training.Graphed.__call__
+    monkeypatch.setattr(training.Graphed, "__call__", lambda self, **x: calls.append(x["ids"].shape) or real(self, **x))
+    rows = run("--graphs", "--contexts", "32", "--tokens", "128", "--models", "HLA", "softmax", "Llama")
+    assert [(r["model"], r["graphs"], r["error"]) for r in rows] == [(m, "1", "") for m in ("softmax", "HLA", "Llama")]
+    assert set(calls) == {(2, 32)} and len(calls) >= 3 * 2 * 3
+    for option in ("--compile", "--longest"):
+        with pytest.raises(SystemExit, match="2"):
+            run("--graphs", option)
+
+
+def test_graphs_or_not_is_the_same_step():
+    numbers = []
+    for graphs in (False, True):
+        trained = training.Trained(training.HLA, "tiny", "cpu")
+        if graphs:
+            trained.capture(None)
+        ids, targets = training.batch(4, 32, "cpu")
+        numbers.append([float(x) for _ in range(2) for x in trained.step(ids, targets, 2)])
+        trained.release()
+        assert all(p.grad is None for p in trained.model.parameters())
+    assert numbers[0] == numbers[1]
+
+
 def test_longest(run):
     rows = run("--longest", "--contexts", "64", "128", "--piece", "32", "--step-seconds", "1000")
     assert [(r["model"], r["method"], r["T"]) for r in rows] == [

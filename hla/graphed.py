@@ -1,0 +1,204 @@
+"""Forward and backward pass of a micro-batch as a CUDA graph: captured once per shape, replayed with one launch.
+
+In eager mode Python launches about a hundred kernels per layer, and where that takes longer than they run the GPU waits
+for it. A replay launches the same kernels, all at once. What is around them (clipping, the optimizer, checks of the
+numbers, validation) stays eager. The pattern is that of whole-network capture in PyTorch's notes on CUDA graphs.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hla.errors import HLAError
+from hla.loss import mean_loss
+
+EAGER = 2  # calls of a shape before its capture: kernels compile and libraries allocate in them, which a capture cannot
+SHAPES = 16  # that are captured; each takes some megabytes for the graph itself, and further ones run eagerly
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Memory that graphs which never run at the same time share: that of the largest. It is freed with the last one.
+
+    Attributes:
+        stream: of captures and of the calls before them, so that libraries have their workspaces for it already.
+        handle: PyTorch's name of the memory.
+    """
+
+    device: torch.device
+    stream: Any
+    handle: Any
+
+    @classmethod
+    def on(cls, device: torch.device) -> Pool:
+        """A new one on a CUDA device."""
+        return cls(device, torch.cuda.Stream(device), torch.cuda.graph_pool_handle())
+
+
+class _Captured(NamedTuple):
+    replay: Callable[[], None]
+    inputs: dict[str, Tensor]  # static: what the graph reads
+    loss: Tensor  # static: what it writes
+
+
+class Graphed:
+    """``loss(**inputs)`` and its backward pass: eager at first, then a graph for each shape. On a CPU always eager.
+
+    Gradients are added in place to tensors that must stay: clear them with `zero_grad`, or with
+    ``optimizer.zero_grad(set_to_none=False)``. A parameter that the loss does not reach has a gradient of zeros, not
+    None. Between calls the graphs hold the memory of one call's activations. Calls must not overlap.
+
+    Args:
+        loss: takes tensors and numbers by name and returns a scalar with gradient. On a GPU it must not wait for the
+            device (``item()``, a branch on a tensor's value), autocast inside must have ``cache_enabled=False`` (the
+            cache would keep casts of one call for the next), and checkpoints ``preserve_rng_state=False``.
+        parameters: whose ``.grad`` it is about; those that need none are left out. All on one device.
+        pool: to share the memory with other objects; by default one of its own.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor], parameters: Iterable[nn.Parameter], pool: Pool | None = None):
+        self._loss = loss
+        self._parameters = [p for p in parameters if p.requires_grad]
+        device = self._parameters[0].device
+        self.pool = Pool.on(device) if pool is None and device.type == "cuda" else pool
+        self._held: list[tuple[nn.Parameter, Tensor, int]] = []  # gradients and addresses that graphs have written down
+        self._calls: dict[Any, int] = {}
+        self._captured: dict[Any, _Captured] = {}
+
+    def __call__(self, **inputs: Tensor | float) -> Tensor:
+        """The loss, a scalar without gradient of its own; that of the parameters is added to their ``.grad``.
+
+        Args:
+            inputs: tensors on the device of the parameters, read when the call runs; numbers, which with the shapes
+                and dtypes of the tensors make the key of a graph.
+
+        Raises:
+            HLAError: the graph cannot be captured or does not fit into memory, or weights or gradients are no longer
+                the tensors that it knows.
+        """
+        if self.pool is None:
+            return self.eager(**inputs)
+        key = tuple((n, x.shape, x.dtype) if isinstance(x, Tensor) else (n, x) for n, x in inputs.items())
+        if key not in self._captured:
+            calls = self._calls[key] = self._calls.get(key, 0) + 1
+            if calls <= EAGER:
+                return self._beside(self.pool, inputs)
+            if len(self._captured) == SHAPES:
+                return self.eager(**inputs)
+            self._hold_gradients()
+            self._captured[key] = self._capture(self.pool, inputs)
+        self._hold_gradients()
+        captured = self._captured[key]
+        for name, static in captured.inputs.items():
+            static.copy_(inputs[name])  # type: ignore[arg-type]
+        captured.replay()
+        return captured.loss.clone()
+
+    def eager(self, **inputs: Tensor | float) -> Tensor:
+        """The same without a graph, whatever the shape; also for inputs for which the loss must wait for the device."""
+        self._hold_gradients()
+        return self._run(inputs)
+
+    def zero_grad(self) -> None:
+        """Gradients are zero, and the same tensors."""
+        torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+
+    def _run(self, inputs: Mapping[str, Tensor | float]) -> Tensor:
+        # The loss with its history ends here: a node of it that lived on would keep the stream of this call.
+        loss = self._loss(**inputs)
+        loss.backward()
+        return loss.detach()
+
+    def _hold_gradients(self) -> None:
+        """Makes gradients before autograd does, outside of the pool; once there is a graph sees that it knows them."""
+        if not self._captured:
+            for p in self._parameters:
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            self._held = [(p, p.grad, p.data_ptr()) for p in self._parameters if p.grad is not None]
+        elif any(p.grad is not grad or p.data_ptr() != place for p, grad, place in self._held):
+            raise HLAError(
+                "a weight or its gradient is no longer the tensor that the CUDA graph was captured with: weights must "
+                "be changed in place, and gradients cleared with zero_grad(set_to_none=False)"
+            )
+
+    def _beside(self, pool: Pool, inputs: Mapping[str, Tensor | float]) -> Tensor:
+        """Eagerly on the stream of captures."""
+        self._hold_gradients()
+        here = torch.cuda.current_stream(pool.device)
+        pool.stream.wait_stream(here)
+        with torch.cuda.stream(pool.stream):
+            loss = self._run(inputs)
+        here.wait_stream(pool.stream)
+        return loss
+
+    def _capture(self, pool: Pool, inputs: Mapping[str, Tensor | float]) -> _Captured:
+        static = {name: x.clone() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()  # what is left of earlier calls in cycles keeps their streams, too
+        try:
+            # The stream twice: a capture that fails does not give back the one that it had set.
+            with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
+                with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream):
+                    loss = self._run(static)
+        except RuntimeError as error:
+            raise _refusal(error) from error
+        return _Captured(graph.replay, {n: x for n, x in static.items() if isinstance(x, Tensor)}, loss)
+
+
+def _refusal(error: RuntimeError) -> HLAError:
+    """What is to be said of a capture that failed. Its first error counts, not that of the end of the capture."""
+    first = error.__context__ or error
+    if isinstance(first, torch.OutOfMemoryError) or isinstance(error, torch.OutOfMemoryError):
+        return HLAError(
+            "there is no memory for the CUDA graph of a micro-batch, which keeps its activations between steps: take a "
+            "smaller --batch-size (with more --accumulate), --recompute or --no-cuda-graphs"
+        )
+    reason = (str(first).strip() or type(first).__name__).splitlines()[0]
+    return HLAError(f"a micro-batch cannot be captured as a CUDA graph ({reason}): --no-cuda-graphs trains without")
+
+
+class GraphedTraining:
+    """`hla.loss.mean_loss` of a model and its backward pass, in graphs.
+
+    Packed batches have another number of documents each time. So that they need only a few graphs, empty documents are
+    put behind the last one, up to a power of two: no number changes by that. Softmax layers read the borders of packed
+    documents on the host; such batches run eagerly.
+
+    Args:
+        model: an `HLAForCausalLM` in training mode, in one process.
+        dtype: bfloat16 means autocast.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+        def loss(total: int, targets: Tensor, **inputs: Tensor) -> Tensor:
+            return mean_loss(model, inputs, targets, total, dtype)
+
+        self.graphed = Graphed(loss, model.parameters())
+        self._waits = "full_attention" in model.config.layer_types
+
+    def __call__(self, inputs: Mapping[str, Tensor], targets: Tensor, total: int) -> Tensor:
+        """The loss; see `mean_loss` for the arguments and `Graphed` for errors."""
+        borders = inputs.get("cu_seq_lens_q")
+        if borders is not None and self._waits:
+            return self.graphed.eager(total=total, targets=targets, **inputs)
+        if borders is not None and self.graphed.pool is not None:
+            inputs = {**inputs, "cu_seq_lens_q": with_empty_documents(borders, targets.numel())}
+        return self.graphed(total=total, targets=targets, **inputs)
+
+    def zero_grad(self) -> None:
+        """See `Graphed.zero_grad`."""
+        self.graphed.zero_grad()
+
+
+def with_empty_documents(borders: Tensor, length: int) -> Tensor:
+    """``[N + 1]`` borders of documents packed into ``length`` tokens, with N raised to a power of two, at least 16."""
+    documents = borders.numel() - 1
+    return F.pad(borders, (0, max(16, 1 << (documents - 1).bit_length()) - documents), value=length)
