@@ -7,10 +7,14 @@ readings of the same states (`adjoint`),
 
     u_n = y_n / theta_n,    y_{n-1} = y_n - S u_n - ridge u_n,    dq = y_0 / theta_0 + sum_n u_n,
 
-and one reversed walk of a moment that all readings share (`moments`), read chunk by chunk (`fold`):
+and one reversed walk of a moment that all readings share,
 
     dk_t = G_t k_t + 2 m_t k_t,   G_t = -sum_{s>=t} exp(c_s - c_t) sum_n (u_n x_{n-1}^T + x_{n-1} u_n^T)_s,
     m_t = sum_{s>=t} exp(c_s - c_t) dtrace_s.
+
+There are two ways to the gradient. Three kernels leave all x and u in memory: `adjoint`, the walk (`moments`), and what
+it means for each chunk (`fold`). On Hopper GPUs one kernel (`query_side_hopper`) has all x and u of a chunk on chip and
+leaves only the moment of the chunk; a scan brings that to earlier chunks (`scan_later`), which read it (`fold_later`).
 
 Head sizes up to 128; larger ones go stage by stage through `chain`.
 """
@@ -18,19 +22,29 @@ Head sizes up to 128; larger ones go stage by stage through `chain`.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from hla.kernels.configs import block, device_config, query_side_config
-from hla.kernels.launch import launch
+from hla.kernels.launch import INTERPRETED, launch
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import accumulate, operand, read, sum_heads
-from hla.kernels.query_side_kernels import adjoint, fold, moments, per_token, solve, states
+from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve, states
 from hla.kernels.segments import cut, cut_every, enter, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
 LARGEST = 128
+SCAN_BLOCK = 1024  # numbers of a moment that one program carries
+
+
+def fits_hopper(size: int, order: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
+    """Whether the gradient of the readings is that of `query_side_hopper`."""
+    # (A dialect that changes between versions of Triton: only those for which it has been compiled.)
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    fits = dtype == torch.bfloat16 and size in (64, 128) and order <= 4 and capability == (9, 0)
+    return fits and not INTERPRETED and (3, 6) <= version <= (3, 9)
 
 
 class _Sizes:
@@ -44,6 +58,7 @@ class _Sizes:
         self.config = query_side_config(self.K, self.operand == tl.float32, device_config(q.device)[0])
         self.columns = min(64, block(self.K))
         self.blocks = -(-self.K // self.columns)
+        self.hopper = fits_hopper(self.K, self.order, self.dtype, device_config(q.device)[0])
         self.segments = cut(self.B, self.T, self.HQ * self.blocks, cu_seqlens, q.device)
         self.chunks = cut_every(self.config.chunk, self.B, self.T, cu_seqlens, q.device)
 
@@ -133,8 +148,8 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     dS, dP = grads[1:3] if final else (None, None)
     if do is None:
         do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
-    order, heads, group = nodes.shape[-1] - 1, q.shape[2], q.shape[2] // k.shape[2]
-    s = _Sizes(q, k, cu_seqlens, order)
+    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    s = _Sizes(q, k, cu_seqlens, nodes.shape[-1] - 1)
     do = do.contiguous()
     gated = needed[3]
 
@@ -153,35 +168,15 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     dv = sum_heads(values.o, s.HKV)
 
     # The readings of S.
-    all_states, traces, _ = _run_states(s, k, g, S, final=False)
-    tokens = s.B * s.T * heads
-    xs, us = (s.new(order, *q.shape, dtype=s.dtype) for _ in range(2))
-    dq = s.new(*q.shape, dtype=q.dtype)
-    dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
-    xsu, ux, uq = (s.new(order, s.B, s.T, heads) for _ in range(3))
-    dnodes = s.new(s.B, s.T, heads, order + 1)
-    sizes, compile_time = _common(s, q, k, g, ridge, nodes)
-    if q.numel():
-        launch(
-            adjoint, s.chunks.slots * heads,
-            q, k, g, ridge, nodes, all_states, traces, xs, us, queries.o, dq, trace, yq, xsu, ux, uq,
-            s.chunks.table, *sizes, tokens, ORDER=order, **compile_time, AHEAD=s.config.adjoint_ahead,
-            warps=s.config.warps, stages=1,
-        )  # fmt: skip
-        launch(
-            per_token, -(-tokens // 256),
-            ridge, nodes, trace, yq, xsu, ux, uq, dridge, dnodes, dtrace, dc, tokens, s.T, heads, *ridge.stride(),
-            *nodes.stride(), ORDER=order, N=256,
-        )  # fmt: skip
-    del all_states
-    entered, m, dS_initial = _run_moments(s, g, xs, us, dtrace, dS, group, needed[6])
-    out, dot, own = _run_fold(s, k, g, xs, us, entered, m, dtrace, keys.o, gated)
+    readings = _in_one_kernel if s.hopper else _in_three_kernels
+    dq, out, dridge, dnodes, dc, dS_initial = readings(
+        s, q, k, g, ridge, nodes, S, dS, queries.o, keys.o, gated, needed[6]
+    )
     dk = sum_heads(out, s.HKV)
     dg = None
     if gated:
-        assert g is not None and own is not None and dot is not None
-        assert queries.dot is not None and keys.dot is not None
-        dc += scale * (queries.dot - keys.dot) - 0.5 * dot + own
+        assert g is not None and queries.dot is not None and keys.dot is not None
+        dc += scale * (queries.dot - keys.dot)
         total = None
         for state, dstate in zip(finals, (dS, dP), strict=False):
             if dstate is not None:
@@ -198,6 +193,85 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
         dS_initial = dS_initial.unflatten(1, (s.HKV, group)).sum(2).to(S.dtype)
     found = [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial, None]
     return [x if need else None for x, need in zip(found, needed, strict=True)]
+
+
+def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wants_dS):
+    """Gradients through the readings of S, from dx, that of ``x_order``.
+
+    Returns:
+        those of q, k (per head of q, ``added`` included), ridge, nodes, what the cumulated decays have so far, and that
+        of the initial S per head of q, or None.
+    """
+    order, heads, tokens = s.order, s.HQ, s.B * s.T * s.HQ
+    all_states, traces, _ = _run_states(s, k, g, S, final=False)
+    xs, us = (s.new(order, *q.shape, dtype=s.dtype) for _ in range(2))
+    dq = s.new(*q.shape, dtype=q.dtype)
+    dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
+    xsu, ux, uq = (s.new(order, s.B, s.T, heads) for _ in range(3))
+    dnodes = s.new(s.B, s.T, heads, order + 1)
+    sizes, compile_time = _common(s, q, k, g, ridge, nodes)
+    if q.numel():
+        launch(
+            adjoint, s.chunks.slots * heads,
+            q, k, g, ridge, nodes, all_states, traces, xs, us, dx, dq, trace, yq, xsu, ux, uq,
+            s.chunks.table, *sizes, tokens, ORDER=order, **compile_time, AHEAD=s.config.adjoint_ahead,
+            warps=s.config.warps, stages=1,
+        )  # fmt: skip
+        launch(
+            per_token, -(-tokens // 256),
+            ridge, nodes, trace, yq, xsu, ux, uq, dridge, dnodes, dtrace, dc, tokens, s.T, heads, *ridge.stride(),
+            *nodes.stride(), ORDER=order, N=256,
+        )  # fmt: skip
+    del all_states
+    entered, m, dS_initial = _run_moments(s, g, xs, us, dtrace, dS, s.HQ // s.HKV, wants_dS)
+    out, dot, own = _run_fold(s, k, g, xs, us, entered, m, dtrace, added, gated)
+    if gated:
+        dc += own - 0.5 * dot
+    return dq, out, dridge, dnodes, dc, dS_initial
+
+
+def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wants_dS):
+    """The same by the kernel for Hopper: a chunk adds to everything at once, and a scan brings it to earlier chunks."""
+    from hla.kernels.query_side_hopper import WARPS
+    from hla.kernels.query_side_hopper import adjoint as adjoint_on_hopper
+
+    all_states, traces, _ = _run_states(s, k, g, S, final=False)
+    heads, chunks = s.HQ, s.chunks
+    dq, dk = s.new(*q.shape, dtype=q.dtype), s.new(*q.shape, dtype=k.dtype)
+    dridge, dc = (s.new(s.B, s.T, heads) for _ in range(2))
+    dnodes = s.new(s.B, s.T, heads, s.order + 1)
+    moments = s.new(chunks.slots, heads, s.K, s.K, dtype=s.dtype)
+    added_m, totals = (s.new(chunks.slots, heads) for _ in range(2))
+    group, gg = heads // s.HKV, s.HKV // g.shape[2] if g is not None else 1
+    if q.numel():
+        launch(
+            adjoint_on_hopper, chunks.slots * heads,
+            q, k, g, ridge, nodes, all_states, traces, dx, added, dq, dk, moments, added_m, totals, dridge, dnodes, dc,
+            chunks.table, s.T, chunks.per_sequence, heads, group, gg, *q.stride()[:3], *k.stride()[:3],
+            *ridge.stride(), *nodes.stride(),
+            ORDER=s.order, D=s.K, C=s.config.chunk, BLOCKS=s.blocks, GATED=g is not None, WARPS_N=WARPS // 4,
+            warps=WARPS,
+        )  # fmt: skip
+    del all_states
+    dS = None if dS is None else _per_head(dS, group)
+    dS_initial = s.new(chunks.sequences, heads, s.K, s.K) if wants_dS else None
+    m = torch.empty_like(added_m)
+    if q.numel():
+        launch(
+            scan_later, chunks.sequences * heads * (s.K * s.K // SCAN_BLOCK),
+            moments, added_m, m, totals if g is not None else None, dS, dS_initial, chunks.table,
+            chunks.first, chunks.per_sequence,
+            heads, *((0, 0, 0, 0) if dS is None else dS.stride()), D=s.K, BLOCK=SCAN_BLOCK, AHEAD=8, warps=2,
+        )  # fmt: skip
+    elif dS_initial is not None:
+        dS_initial.zero_() if dS is None else dS_initial.copy_(dS)
+    if q.numel():
+        launch(
+            fold_later, chunks.slots * heads, k, g, moments, m, dk, dc, chunks.table,
+            s.T, chunks.per_sequence, heads, group, gg, *k.stride()[:3], D=s.K, C=s.config.chunk, BK=block(s.K),
+            GATED=g is not None, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.warps, stages=1,
+        )  # fmt: skip
+    return dq, dk, dridge, dnodes, dc, dS_initial
 
 
 _operation = Operation("query_side", _forward, _fake, _backward, lambda plan: 1)

@@ -426,6 +426,91 @@ def fold(
     tl.store(OUT + out, dk.to(OUT.dtype.element_ty), mask=in_k)
 
 
+@triton.jit(do_not_specialize=["per_sequence", "heads", "d_n", "d_h", "d_k", "d_v"])
+def scan_later(
+    MOMENTS, ADDED, TRACES, TOTALS, ENTER, LEAVE, SLOTS, FIRST, per_sequence, heads, d_n, d_h, d_k, d_v,
+    D: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """In place: from what each chunk adds to the reversed moment to what enters it. For m: from ADDED to TRACES.
+
+    BLOCK numbers of one head through all chunks of a sequence, read AHEAD chunks at a time. ENTER is what enters the
+    last chunk, or None; LEAVE gets what the first one leaves, m on its diagonal.
+    """
+    blocks: tl.constexpr = D * D // BLOCK
+    block = tl.program_id(0) % blocks
+    h = (tl.program_id(0) // blocks) % heads
+    n = tl.program_id(0) // (blocks * heads)
+    x = block * BLOCK + tl.arange(0, BLOCK)
+    if FIRST is None:
+        first, count = n * per_sequence, per_sequence
+    else:
+        first = tl.load(FIRST + n)
+        count = tl.load(FIRST + n + 1) - first
+        if tl.load(SLOTS + first * 4 + 1) == tl.load(SLOTS + first * 4 + 2):  # an empty sequence has a slot as well
+            count = 0
+    carry = tl.zeros([BLOCK], tl.float32)
+    m = 0.0
+    if ENTER is not None:
+        carry = tl.load(ENTER + tl.cast(n, tl.int64) * d_n + h * d_h + (x // D) * d_k + (x % D) * d_v).to(tl.float32)
+    for i in range(0, count, AHEAD):
+        added = ()
+        for j in tl.static_range(AHEAD):
+            at = tl.cast(first + tl.maximum(count - 1 - i - j, 0), tl.int64) * heads + h
+            rho = 1.0 if TOTALS is None else tl.exp2(tl.load(TOTALS + at))
+            added = added + ((at, rho, tl.load(ADDED + at), tl.load(MOMENTS + at * (D * D) + x)),)  # type: ignore
+        for j in tl.static_range(AHEAD):
+            at, rho, dm, own = added[j]  # type: ignore[var-annotated,misc]
+            if i + j < count:
+                tl.store(MOMENTS + at * (D * D) + x, carry.to(MOMENTS.dtype.element_ty))
+                carry = carry * rho + own.to(tl.float32)
+                if block == 0:
+                    tl.store(TRACES + at, m)
+                m = m * rho + dm
+    if LEAVE is not None:
+        diagonal = tl.where(x // D == x % D, m, 0.0)
+        tl.store(LEAVE + (tl.cast(n, tl.int64) * heads + h) * (D * D) + x, carry + diagonal)
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg"])
+def fold_later(
+    K, G, MOMENTS, TRACES, DK, DC, SLOTS, length, per_sequence, heads, group, gg, k_b, k_t, k_h,
+    D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """To DK and DC of a chunk what later chunks do: ``dk = (M + M^T) k + 2 m k``, decayed to each token."""
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    live = start + rows < stop
+    row = tl.cast(start, tl.int64)
+    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+    pk = K + (batch * k_b + tl.cast(h // group, tl.int64) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
+    k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
+    at_chunk = tl.cast(slot, tl.int64) * heads + h
+    pm = MOMENTS + at_chunk * (D * D) + ck[:, None] * D + ck[None, :]
+    if D == BK:
+        moment = tl.load(pm).to(OPERAND)
+    else:
+        moment = tl.load(pm, mask=(ck < D)[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
+    token = (batch * length + row + rows) * heads + h
+    dk = tl.dot(k, moment, input_precision=PRECISION)
+    dk = tl.dot(k, tl.trans(moment), dk, input_precision=PRECISION)
+    kf = k.to(tl.float32)
+    dk += 2.0 * tl.load(TRACES + at_chunk) * kf
+    if GATED:
+        c, total = _decays(G, batch * length + row + rows, live, heads // group // gg, h // group // gg)
+        dk *= tl.exp2(total - c)[:, None]
+        dc = tl.load(DC + token, mask=live, other=0.0)
+        tl.store(DC + token, dc - 0.5 * tl.sum(dk * kf, 1), mask=live)
+    out = ((batch * length + row) * heads + h) * D + (rows[:, None] * (heads * D) + ck[None, :])
+    dk += tl.load(DK + out, mask=in_k, other=0.0).to(tl.float32)
+    tl.store(DK + out, dk.to(DK.dtype.element_ty), mask=in_k)
+
+
 @triton.jit(do_not_specialize=["rows", "length", "heads", *PER_TOKEN])
 def per_token(
     RIDGE, NODES, TRACE, YQ, XSU, UX, UQ, DRIDGE, DNODES, DTRACE, DC, rows, length, heads,

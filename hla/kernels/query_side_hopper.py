@@ -1,0 +1,281 @@
+# mypy: ignore-errors
+"""`adjoint` of `query_side` for Hopper GPUs, in Gluon: all that a chunk adds to every gradient, in one program."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from hla.kernels.query_side_kernels import PER_TOKEN
+
+WARPS = 8  # of a program, in groups of four that share the columns of a tile
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # (its name differs between versions of Triton)
+
+
+@gluon.jit
+def _add(a, b):
+    return a + b
+
+
+@gluon.jit
+def _wide(x):
+    """float32 from bfloat16, two numbers in two instructions (the compiler takes three)."""
+    asm: gl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+    return gl.inline_asm_elementwise(asm, "=f,=f,r", [x], dtype=gl.float32, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _ready():
+    """What was written to shared memory is there for the matrix units of all warps."""
+    fence_async_shared()
+    _barrier()
+
+
+@gluon.jit
+def _own_part(x, WARPS_N: gl.constexpr):
+    """The sums of rows of an accumulator over the columns that a thread holds: no thread waits for another."""
+    x = x.reshape([x.shape[0], WARPS_N, x.shape[1] // (8 * WARPS_N), 4, 2])
+    return gl.sum(gl.sum(x, 4), 2)
+
+
+@gluon.jit
+def _rest(a, b, c, d, e, f, g, h, R: gl.constexpr):
+    """The sums of rows from what the threads hold, of eight numbers at once."""
+    x = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    x = gl.sum(gl.sum(x, 2), 1)
+    abcd, efgh = gl.split(x)
+    ab, cd = gl.split(abcd)
+    ef, gh = gl.split(efgh)
+    a, b = gl.split(ab)
+    c, d = gl.split(cd)
+    e, f = gl.split(ef)
+    g, h = gl.split(gh)
+    return (
+        gl.convert_layout(a, R),
+        gl.convert_layout(b, R),
+        gl.convert_layout(c, R),
+        gl.convert_layout(d, R),
+        gl.convert_layout(e, R),
+        gl.convert_layout(f, R),
+        gl.convert_layout(g, R),
+        gl.convert_layout(h, R),
+    )
+
+
+@gluon.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN])
+def adjoint(
+    Q, K, G, RIDGE, NODES, STATES, TRACES, DX, ADDED, DQ, DK, MOMENTS, DTRACES, TOTALS, DRIDGE, DNODES, DC, SLOTS,
+    length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
+    ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, BLOCKS: gl.constexpr, GATED: gl.constexpr,
+    WARPS_N: gl.constexpr,
+):  # fmt: skip
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])
+    LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, C // WARPS_N, 16])
+    LN_WARPS: gl.constexpr = [8, WARPS_N // 2] if D == 128 else [4, WARPS_N]
+    LN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], LN_WARPS, [16, D // LN_WARPS[1], 16])
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4 * WARPS_N, 1], [1, 0])
+    R: gl.constexpr = gl.SliceLayout(1, L)
+    RC: gl.constexpr = gl.SliceLayout(1, LC)
+    SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
+    SHC: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
+    SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
+    h = gl.program_id(0) % heads
+    slot = gl.program_id(0) // heads
+    if SLOTS is None:
+        sequence = slot // per_sequence
+        start = (slot % per_sequence) * C
+        stop = gl.minimum(start + C, length)
+        batch = sequence.to(gl.int64)
+    else:
+        sequence = gl.load(SLOTS + slot * 4)
+        start = gl.load(SLOTS + slot * 4 + 1)
+        stop = gl.load(SLOTS + slot * 4 + 2)
+        batch = (sequence * 0).to(gl.int64)
+    if (sequence < 0) | (start >= stop):
+        return
+    hk = h // group
+    row = start.to(gl.int64)
+    k_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
+    S_s = gl.allocate_shared_memory(gl.bfloat16, [D, D], SHD)
+    q_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, D], SH)
+    u_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
+    w_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
+    by_x = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, C], SHC)
+    E_s = gl.allocate_shared_memory(gl.float32, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    by_u = gl.allocate_shared_memory(gl.bfloat16, [C, C], SHC)
+
+    # To shared memory. (Through registers: the interface of asynchronous copies differs between versions of Triton.)
+    br = gl.arange(0, C, gl.SliceLayout(1, B))
+    bd = gl.arange(0, D, gl.SliceLayout(0, B))
+    sr = gl.arange(0, D, gl.SliceLayout(1, B))
+    blive = (start + br < stop)[:, None]
+    at = slot.to(gl.int64) * (heads // group) + hk
+    pk = K + batch * k_b + hk.to(gl.int64) * k_h + row * k_t + br[:, None] * k_t + bd[None, :]
+    pq = Q + batch * q_b + h.to(gl.int64) * q_h + row * q_t + br[:, None] * q_t + bd[None, :]
+    at_b = ((batch * length + row) * heads + h) * D + br[:, None] * (heads * D) + bd[None, :]
+    k = gl.load(pk, mask=blive, other=0.0)
+    q = gl.load(pq, mask=blive, other=0.0)
+    S = gl.load(STATES + at * (D * D) + sr[:, None] * D + bd[None, :])
+    dx = gl.load(DX + at_b, mask=blive, other=0.0)
+    k_s.store(k)
+    q_s.store(q)
+    S_s.store(S)
+    w_s.store(dx)
+
+    # Numbers per token.
+    rows = gl.arange(0, C, R)
+    live = start + rows < stop
+    token = (batch * length + row + rows) * heads + h
+    ridge = gl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(gl.float32)
+    trace = 0.0
+    for b in gl.static_range(BLOCKS):
+        trace += gl.load(TRACES + at * BLOCKS + b)
+    rc = gl.arange(0, C, RC)
+    cc = gl.arange(0, C, gl.SliceLayout(0, LC))
+    mask = rc[:, None] >= cc[None, :]
+    if GATED:
+        tokens = gl.arange(0, C, gl.BlockedLayout([2], [32], [4 * WARPS_N], [0]))  # (a layout that can be scanned)
+        g_at = (batch * length + row + tokens) * (heads // group // gg) + hk // gg
+        g = gl.load(G + g_at, mask=start + tokens < stop, other=0.0).to(gl.float32)
+        g = gl.maximum(g, -110.0) * 1.4426950408889634
+        c = gl.associative_scan(g, 0, _add)
+        total = gl.sum(g, 0)
+        E = gl.convert_layout(c, RC)[:, None] - gl.convert_layout(c, gl.SliceLayout(0, LC))[None, :]
+        E = gl.where(mask, gl.exp2(E), 0.0)
+        read = gl.exp2(gl.convert_layout(c, R))
+    else:
+        total = 0.0
+        E = gl.where(mask, 1.0, 0.0)
+        read = gl.full([C], 1.0, gl.float32, R)
+    E_s.store(E)
+    _ready()
+    k = _wide(k_s.load(L))
+    squares = gl.convert_layout(gl.sum(k * k, 1), gl.SliceLayout(0, LC))
+    traces = read * trace + gl.convert_layout(gl.sum(E * squares[None, :], 1), R)
+    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
+    steps = ()
+    for n in gl.static_range(ORDER + 1):
+        node = gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32)
+        steps = steps + (1.0 / gl.where(live, ridge + node * traces, 1.0),)
+
+    # The readings once more: x_0 ... x_{ORDER-1}, and their weights inside the chunk, negative.
+    zeros = gl.zeros([C, D], gl.float32, L)
+    zeros_c = gl.zeros([C, C], gl.float32, LC)
+    same = rc[:, None] == cc[None, :]
+    x = _wide(q_s.load(L)) * steps[0][:, None]
+    x_s.index(0).store(x.to(gl.bfloat16))
+    _ready()
+    own_x = ()
+    for n in gl.static_range(1, ORDER + 1):
+        raw = warpgroup_mma(x_s.index(n - 1), k_s.permute((1, 0)), zeros_c, use_acc=False, is_async=True)
+        if n < ORDER:
+            acc = warpgroup_mma(x_s.index(n - 1), S_s, zeros, use_acc=False, is_async=True)
+            raw = warpgroup_mma_wait(1, (raw,))
+        else:
+            raw = warpgroup_mma_wait(0, (raw,))
+        by_x.index(n - 1).store((raw * -E_s.load(LC)).to(gl.bfloat16))
+        if GATED:
+            own_x = own_x + (_own_part(gl.where(same, raw, 0.0), WARPS_N),)
+        if n < ORDER:
+            by = steps[n][:, None]
+            x = x * (1.0 - by * ridge[:, None]) + by * _wide(q_s.load(L))
+            _ready()
+            acc = warpgroup_mma_wait(0, (acc,))
+            acc = acc * -read[:, None]
+            acc = warpgroup_mma(by_x.index(n - 1), k_s, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, (acc,))
+            x += by * acc
+            x_s.index(n).store(x.to(gl.bfloat16))
+            _ready()
+
+    # Back. u_n stays in shared memory for dq: the first in u_s, the others where an x was that nobody reads any more.
+    y = _wide(w_s.load(L))
+    _barrier()
+    moment = gl.zeros([D, D], gl.float32, LN)
+    dk = gl.zeros([C, D], gl.float32, L)
+    part = _own_part(y * 0.0, WARPS_N)
+    P: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, part.type.layout))
+    ridge_p = gl.convert_layout(ridge, P)[:, None, None]
+    dridge, dtrace, dc = part, part, part
+    dthetas = ()
+    for n in gl.static_range(ORDER, 0, -1):
+        if n == ORDER:
+            u_n = u_s
+        else:
+            u_n = x_s.index(n)
+        by = steps[n][:, None]
+        u_n.store((y * by).to(gl.bfloat16))
+        w_s.store((y * (-by * read[:, None])).to(gl.bfloat16))
+        _ready()
+        raw = warpgroup_mma(u_n, k_s.permute((1, 0)), zeros_c, use_acc=False, is_async=True)
+        dk = warpgroup_mma(by_x.index(n - 1).permute((1, 0)), u_n, dk, is_async=True)
+        moment = warpgroup_mma(x_s.index(n - 1).permute((1, 0)), w_s, moment, is_async=True)
+        xy = _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
+        qy = _own_part(_wide(q_s.load(L)) * y, WARPS_N)
+        y *= 1.0 - by * ridge[:, None]
+        raw = warpgroup_mma_wait(2, (raw,))
+        y = warpgroup_mma(w_s, S_s, y, is_async=True)
+        by_u.store((raw * -E_s.load(LC)).to(gl.bfloat16))
+        if GATED:
+            u_ = _own_part(gl.where(same, raw, 0.0), WARPS_N)
+            x_ = own_x[n - 1]
+            own = u_.to(gl.bfloat16).to(gl.float32) * x_ - x_.to(gl.bfloat16).to(gl.float32) * u_
+            dc += 0.5 * gl.convert_layout(own, part.type.layout)
+        _ready()
+        dk = warpgroup_mma(by_u.permute((1, 0)), x_s.index(n - 1), dk, is_async=True)
+        y = warpgroup_mma(by_u, k_s, y, is_async=True)
+        y, dk, moment = warpgroup_mma_wait(0, (y, dk, moment))
+        _barrier()
+        step = gl.convert_layout(steps[n], P)[:, None, None]
+        xSu = (1.0 - step * ridge_p) * xy - _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
+        dtheta = -step * (step * (qy - ridge_p * xy) - xSu)
+        dthetas = dthetas + (dtheta,)
+        node = gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32)
+        dridge += dtheta - step * xy
+        dtrace += dtheta * gl.convert_layout(node, P)[:, None, None]
+        dc -= xSu
+    qy = _own_part(_wide(q_s.load(L)) * y, WARPS_N)
+
+    # Gradients of the numbers per token.
+    for _ in gl.static_range(ORDER, 4):
+        dthetas = dthetas + (part,)
+    sums = _rest(qy, dridge, dtrace, dc, dthetas[0], dthetas[1], dthetas[2], dthetas[3], R)
+    dtheta = -steps[0] * steps[0] * sums[0]
+    gl.store(DNODES + token * (ORDER + 1), dtheta * traces, mask=live)
+    dridge = sums[1] + dtheta
+    dtrace = sums[2] + dtheta * gl.load(nodes, mask=live, other=1.0).to(gl.float32)
+    dc = sums[3]
+    for i in gl.static_range(ORDER):
+        gl.store(DNODES + token * (ORDER + 1) + (ORDER - i), sums[4 + i] * traces, mask=live)
+    gl.store(DRIDGE + token, dridge, mask=live)
+    dc += dtrace * traces
+    at = slot.to(gl.int64) * heads + h
+    gl.store(DTRACES + at, gl.sum(dtrace * read, 0))
+    gl.store(TOTALS + at, total)
+    m = gl.sum(E_s.load(LC) * gl.convert_layout(dtrace, RC)[:, None], 0)
+    k = _wide(k_s.load(L))
+    dk += (2.0 * gl.convert_layout(m, R))[:, None] * k
+    dc -= 0.5 * gl.sum(dk * k, 1)
+    gl.store(DC + token, dc, mask=live)
+
+    # Through shared memory, so that whole rows are written.
+    _barrier()
+    S_s.store(moment.to(gl.bfloat16))
+    dq = y * steps[0][:, None]
+    for i in gl.static_range(ORDER):
+        dq += _wide(u_s.load(L) if i == 0 else x_s.index(ORDER - i).load(L))
+    _barrier()
+    u_s.store(dq.to(gl.bfloat16))
+    w_s.store(dk.to(gl.bfloat16))
+    _barrier()
+    gl.store(MOMENTS + at * (D * D) + sr[:, None] * D + bd[None, :], S_s.load(B))
+    gl.store(DQ + at_b, u_s.load(B), mask=blive)
+    added = gl.load(ADDED + at_b, mask=blive, other=0.0).to(gl.float32)
+    gl.store(DK + at_b, (w_s.load(B).to(gl.float32) + added).to(gl.bfloat16), mask=blive)
