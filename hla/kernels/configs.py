@@ -80,6 +80,11 @@ def little_memory(capability: tuple[int, int]) -> bool:
     return (capability[0] == 8 and capability[1] != 0) or capability[0] == 12
 
 
+def overlaps(device: torch.device) -> bool:
+    """Whether a kernel can start while the one before it ends (programmatic dependent launch, see `launch`)."""
+    return device_config(device)[0] >= (9, 0) and torch.version.hip is None
+
+
 @functools.cache
 def device_config(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and number of multiprocessors; those of an H100 where there is no card (interpreter)."""

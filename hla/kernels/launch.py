@@ -4,6 +4,12 @@ Triton's own launch looks at every argument of every call in Python; for kernels
 longer than the kernels run. `launch` keeps the compiled kernel by what could make another one necessary: which
 pointers are there, their dtypes and alignment, and whether sizes are 1 or multiples of 16 (not those marked
 `do_not_specialize`).
+
+Short kernels that follow each other may overlap ("programmatic dependent launch", from compute capability 9.0 on): such
+a kernel starts before the one ahead of it has ended, asks for what that one does not write, and then waits for it
+(`wait`). As each lets the next one start only behind its own wait, there are never more than two at a time: when a
+kernel starts, all launches before the previous one are complete, and what they wrote may be read ahead of the wait.
+Every kernel writes behind its wait, when nothing before it still reads.
 """
 
 from __future__ import annotations
@@ -13,7 +19,9 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -21,15 +29,35 @@ _compiled: dict[tuple, Any] = {}
 _specialized: dict[Any, tuple[bool, ...]] = {}
 
 
-def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 3, **constants) -> None:
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """Waits for all that the previous kernel writes, then lets the next one start (never the other way round)."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def prefetch(pointers, mask):
+    """Asks for lines of memory, of 128 bytes, to be brought into the L2 cache."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }", "=r,l,r",
+        [pointers.to(tl.int64), mask.to(tl.int32)], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 3, pdl: bool = False, **constants) -> None:
     """Runs ``programs`` instances of a kernel on the device of its tensors, whatever the current device is.
 
     Args:
         args: all arguments that are not ``tl.constexpr``, in order: pointers (tensors or None), then ints and floats.
+        pdl: the kernel overlaps with the one before it. Its last parameter is ``PDL: tl.constexpr``, which is passed.
         constants: those that are, in the order of the kernel's signature.
     """
     if programs == 0:
         return
+    if kernel.arg_names[-1] == "PDL":
+        constants["PDL"] = pdl
     if INTERPRETED:
         kernel[(programs,)](*args, **constants)
         return
@@ -51,7 +79,8 @@ def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 3, **cons
         compiled = _compiled.get(key)
         if compiled is None:
             assert tuple(constants) == tuple(p.name for p in kernel.params if p.is_constexpr)
-            compiled = kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages)
+            options = {"launch_pdl": True} if constants.get("PDL") else {}
+            compiled = kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages, **options)
         else:
             compiled[(programs, 1, 1)](*args, *constants.values())
     if compiled is not None:

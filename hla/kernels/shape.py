@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hla.convolution import history_after
 from hla.kernels.configs import block
-from hla.kernels.launch import launch
+from hla.kernels.launch import launch, prefetch, wait
 
 if TYPE_CHECKING:
     from hla.layers import HigherOrderLinearAttention
@@ -35,10 +35,10 @@ def _shape(
     NODES, length, blocks, y_r, write_r, decay_r, ridge_r, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
     TAPS_N: tl.constexpr, MOVE: tl.constexpr, FEATURE: tl.constexpr, NORM: tl.constexpr, FIXED: tl.constexpr,
-    ORDER: tl.constexpr, BN: tl.constexpr,
+    ORDER: tl.constexpr, BN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program per row, BT tokens, and head of q, k and v. BEGIN: of each token the first one of its sequence.
-    MOVE: one token, by which HISTORY moves on in place."""
+    MOVE: one token, by which HISTORY moves on in place. PDL: one token, and HISTORY is not from the previous launch."""
     heads: tl.constexpr = HQ + 2 * HKV
     channels: tl.constexpr = (HQ + HKV) * DK + HKV * DV
     j = tl.program_id(0) % heads
@@ -53,6 +53,12 @@ def _shape(
     in_d = d < tl.where(is_v, DV, DK)
     inside = live[:, None] & in_d[None, :]
     at = b * length + t
+    if PDL:  # into the cache, as below all is loaded together with what the previous launch writes
+        if TAPS_N > 0:
+            prefetch(TAPS + channel * TAPS_N, in_d)
+        if MOVE:
+            prefetch(HISTORY + (b * channels + channel) * (TAPS_N - 1), in_d)
+    wait(PDL)
     keep = tl.where(live, 1.0, 0.0)
     if MASK is not None:
         keep = tl.where(tl.load(MASK + at, mask=live, other=0) != 0, 1.0, 0.0)
@@ -76,14 +82,8 @@ def _shape(
                 ahead = inside & (before < 0)[:, None]
                 column = (before + TAPS_N - 1)[:, None]
                 old += tl.load(place[None, :] + column, mask=ahead, other=0.0).to(tl.float32)
-                if MOVE:
-                    if i > 0:
-                        tl.store(place[None, :] + column - 1, old, mask=inside)
             y += old * tl.load(taps + i, mask=in_d, other=0.0).to(tl.float32)[None, :]
-        if MOVE:
-            if TAPS_N > 1:
-                place = HISTORY + (b * channels + channel) * (TAPS_N - 1) + TAPS_N - 2
-                tl.store(place[None, :] + t[:, None], x, mask=inside)
+        newest = x
         x = y
     if not is_v:
         if FEATURE == 1:
@@ -103,6 +103,12 @@ def _shape(
             share = tl.sqrt(sigmoid(tl.load(WRITE + at * write_r + h, mask=live, other=0.0).to(tl.float32)))
             x *= share[:, None]
     tl.store(QKV + at[:, None] * channels + channel[None, :], x.to(QKV.dtype.element_ty), mask=inside)
+    if MOVE:  # not in the loop above, whose loads would wait for these stores
+        tl.debug_barrier()  # whoever holds the same element must have read it
+        place = HISTORY + ((b * channels + channel) * (TAPS_N - 1))[None, :] + t[:, None]
+        for i in tl.static_range(1, TAPS_N - 1):
+            tl.store(place + i - 1, tl.load(place + i, mask=inside, other=0.0), mask=inside)
+        tl.store(place + TAPS_N - 2, newest, mask=inside)
 
     if is_q:
         if RIDGE is not None:
@@ -155,6 +161,7 @@ def shape(
     mask: Tensor | None,
     history: Tensor | None,
     move: bool = False,
+    pdl: bool = False,
 ) -> Shaped:
     """What `HigherOrderLinearAttention` computes from its projections, for layers that it `supports`.
 
@@ -163,7 +170,7 @@ def shape(
             dimension of each must be contiguous, and its rows equally far apart.
         mask: ``[B, T]``, 0 at pads, or None.
         history: of the convolution, ``[B, channels, conv_size - 1]``, float32. move: T is 1, and history is to be that
-            of the next token.
+            of the next token. pdl: overlap with the previous launch, which writes none of history and parameters.
     """
     B, T = qkv.shape[:2]
     heads, kv, K, V = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.head_v_dim
@@ -190,6 +197,7 @@ def shape(
         HQ=heads, HKV=kv, DK=K, DV=V, BD=size, BT=tokens, TAPS_N=mixer.conv_size, MOVE=move and mixer.conv_size > 1,
         FEATURE=FEATURES[mixer.feature_map], NORM=NORMS[mixer.qk_norm], FIXED=mixer.decay == "fixed",
         ORDER=mixer.order, BN=block(mixer.order + 1), warps=4 if T > 1 else 1 if size <= 64 else 2,
+        pdl=pdl,
     )  # fmt: skip
     parts = out.split(mixer.split_sizes, -1)
     q, k, v = (part.unflatten(-1, (-1, width)) for part, width in zip(parts, (K, K, V), strict=True))

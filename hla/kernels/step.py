@@ -14,7 +14,9 @@ entry of k~ is complete only after the last row of tiles: k~ of all tokens comes
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hla.kernels.launch import prefetch, wait
 from hla.ops.checks import Call
 from hla.ops.family import readings
 from hla.ops.state import State, unpack, zeros
@@ -30,6 +33,8 @@ FEW_PROGRAMS = 132  # one to a multiprocessor of an H100: with fewer, a token wa
 RESIDENT = 128  # up to this K, hla_q holds S in registers
 # Strides of tokens depend on what they were cut from, a T among it: no value of theirs may compile anything anew.
 _STRIDED = ("q", "k", "v", "p", "g", "gain", "ridge", "value_gain", "value_ridge", "nodes")
+# Whether a step overlaps with the launch before it, which then must not write the state (see `overlapping`).
+_overlapping = contextvars.ContextVar("overlapping", default=False)
 VARYING = [f"{name}_{of}" for name in _STRIDED for of in "bth"] + ["nodes_n"]
 
 
@@ -54,8 +59,8 @@ def _write(pointer, at, x, mask):
 
 @triton.jit
 def _at(pointer, b, t, h, stride_b, stride_t, stride_h):
-    """Where row b, token t, head h of a ``[B, T, H, ...]`` tensor begins."""
-    return pointer + b * stride_b + t * stride_t + h * stride_h
+    """Where row b, token t, head h of a ``[B, T, H, ...]`` tensor begins (b has 64 bits)."""
+    return pointer + b * stride_b + t * stride_t + tl.cast(h, tl.int64) * stride_h
 
 
 @triton.jit
@@ -126,7 +131,7 @@ def _step_kernel(
     KEYS: tl.constexpr, VALUES: tl.constexpr, NORMALIZE: tl.constexpr,
     GP: tl.constexpr, GQ: tl.constexpr, BV: tl.constexpr, SPLITS: tl.constexpr,
     PACKED: tl.constexpr, T: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BI: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, READERS: tl.constexpr,
+    BI: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, READERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """All operators with one or both of the switches KEYS and VALUES, or none.
 
@@ -145,6 +150,14 @@ def _step_kernel(
     wide = tl.arange(0, BK)  # columns of S
     in_k = wide < K
     readers = tl.arange(0, READERS)
+
+    if PDL:  # into the cache: the loops load the state together with what the previous launch writes
+        LINES: tl.constexpr = (BV + 31) // 32  # of a row
+        line = tl.arange(0, BK * LINES)
+        row, col = line // LINES, split * BV + line % LINES * 32
+        for j in range(GP):
+            prefetch(F_old + slot * F_old_b + ((kv * GP + j) * K + row) * V + col, (row < K) & (col < V))
+    wait(PDL)
 
     if VALUES:
         values = tl.zeros((READERS, BV), tl.float32)
@@ -284,7 +297,7 @@ def _query_side_kernel(
     scale,
     RIDGE: tl.constexpr, ORDER: tl.constexpr, GQ: tl.constexpr, BC: tl.constexpr,
     PACKED: tl.constexpr, T: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
-    BI: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, READERS: tl.constexpr,
+    BI: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, READERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hla_q: S is updated, every query of the group iterates on it, then P is updated and read in blocks of columns.
 
@@ -302,6 +315,11 @@ def _query_side_kernel(
     if BI == BK:
         at, inside, stored = _in_S(kv, wide, wide, K, PACKED, False)
         S = _old(S_old if S_old is None else S_old + slot * S_old_b, at, stored)
+    if PDL:  # S is on its way; P, which has to wait for registers, goes into the cache
+        lines = tl.arange(0, BK * BK // 32) * 32
+        prefetch(P_old + slot * P_old_b + kv * K * V + lines, lines < K * V)
+    wait(PDL)
+    if BI == BK:
         if PACKED:
             S += tl.trans(tl.where(wide[None, :] // 16 < wide[:, None] // 16, S, 0.0))
 
@@ -372,6 +390,19 @@ def _query_side_kernel(
                 _write(o, (((b * T + t) * HKV + kv) * GQ + j) * V + cols, read, in_v)
         tl.debug_barrier()
         _write(P_new + slot * P_new_b, P_at, P, P_inside)
+
+
+@contextlib.contextmanager
+def overlapping(really: bool = True) -> Iterator[None]:
+    """Steps in here, in place, ask for their state ahead of the previous launch's end: it must not write the state.
+
+    (See `hla.kernels.launch`. Elsewhere a step may follow anything, and waits.)
+    """
+    token = _overlapping.set(really)
+    try:
+        yield
+    finally:
+        _overlapping.reset(token)
 
 
 def supports(call: Call, *states: State | None) -> bool:
@@ -447,7 +478,11 @@ def _launch(
     BK, BV = max(16, triton.next_power_of_2(K)), max(16, triton.next_power_of_2(V))
     heads = triton.next_power_of_2(hq // hkv)
     readers = triton.next_power_of_2(T) * heads
-    sizes = dict(T=T, HKV=hkv, K=K, V=V, BK=BK, HEADS=heads, READERS=readers, PACKED=S is not None and S.dim() == 5)
+    pdl = _overlapping.get() and in_place and slots is None
+    sizes = dict(
+        T=T, HKV=hkv, K=K, V=V, BK=BK, HEADS=heads, READERS=readers, PACKED=S is not None and S.dim() == 5, PDL=pdl
+    )
+    overlap: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     if order:
         BI = BK if BK <= RESIDENT else 32
         with torch.cuda.device_of(q):
@@ -456,7 +491,7 @@ def _launch(
                 *_strides(q, k, v, g, ridge), *(nodes.stride() if _is(nodes) else (0,) * 4),
                 *(_row_stride(x) for x in (old[0], old[1], S, P)), numbers[4],
                 RIDGE=_is(ridge), ORDER=order, GQ=hq // hkv, BI=BI, BC=min(BV, 8192 // BK), **sizes,
-                num_warps=max(1, min(16 if sizes["PACKED"] else 8, BI * BK // 1024)),
+                num_warps=max(1, min(16 if sizes["PACKED"] else 8, BI * BK // 1024)), **overlap,
             )  # fmt: skip
         return o
     hp = F.shape[1]
@@ -475,7 +510,7 @@ def _launch(
             GAIN=_is(gain), RIDGE=_is(ridge), VALUE_GAIN=_is(value_gain), VALUE_RIDGE=_is(value_ridge),
             KEYS=S is not None, VALUES=P is not None, NORMALIZE=n is not None,
             GP=hp // hkv, GQ=hq // hp, BI=BI, BV=BV, SPLITS=splits, **sizes,
-            num_warps=max(1, min(16, max(BI, readers) * width // 1024)),
+            num_warps=max(1, min(16, max(BI, readers) * width // 1024)), **overlap,
         )  # fmt: skip
     return o
 

@@ -15,6 +15,15 @@ between two reads of weights goes into the kernel of one of them:
 Up to 16 rows are one tile of the matrix units: more rows of the batch cost nothing until then. Above, tiles have up to
 64 rows, and the heads are normalised and gated in a launch of their own, not anew in every program: seven in all.
 Above TILE_ROWS the large products go to cuBLAS, which is made for them, with what lies between fused: 13 launches.
+
+With few rows each of these kernels takes microseconds, most of them latency of the launch and of memory. Where the card
+can, they overlap (`hla.kernels.launch`): while one ends, the next one asks for the state, for residuals and, with a row
+or two, for its weights. What it reads so early, the launch before it does not write. No launch of a model writes
+weights; the first one of the first block may follow an update of them and starts as usual. The state was written a
+token earlier, or by whoever called, and `project` and `shape` come between. A residual is not from the previous launch
+but from one before. All else is read behind the wait (a line brought into the L2 cache too early is none the worse:
+writes go there). With more rows weights are not asked for early: that took 1.3 times as long for 8 rows of width 2,048,
+as more than the cache holds was asked for at once.
 """
 
 from __future__ import annotations
@@ -29,9 +38,10 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from hla.kernels.configs import block as block_of
-from hla.kernels.configs import device_config, little_memory
-from hla.kernels.launch import INTERPRETED, launch
+from hla.kernels.configs import device_config, little_memory, overlaps
+from hla.kernels.launch import INTERPRETED, launch, wait
 from hla.kernels.shape import shape, sigmoid, supports
+from hla.kernels.step import overlapping
 from hla.ops.recurrent import step
 
 if TYPE_CHECKING:
@@ -71,7 +81,7 @@ def _weight(pid, W, W1, W2, W3, W4, n, n1, n2, n3, n4, BN: tl.constexpr):
 def project(
     X, GATE, NORM, W, W1, W2, W3, W4, RESIDUAL, OUT, batch, x_b, gate_b, o_b, n, n1, n2, n3, n4, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, PER_HEAD: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr,
+    BK: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``OUT[b] = norm(x_b) [W; W1; ...]^T`` (+ residual): ROWS of x, BN rows of one weight ``[n, D]`` per program.
 
@@ -90,6 +100,7 @@ def project(
     inside = rows < size
     kk = tl.arange(0, BK)
     extra = _residual(RESIDUAL, b, rows, column, batch, size, o_b)
+    wait(PDL)
     acc = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
@@ -125,7 +136,7 @@ def project(
 def project_row(
     X, GATE, NORM, W, W1, W2, W3, W4, RESIDUAL, OUT, batch, x_b, gate_b, o_b, n, n1, n2, n3, n4, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, PER_HEAD: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr,
+    BK: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """The same for a row or two, without the matrix units: BN rows of the weight in one piece, as many bytes in flight
     as registers hold. WIDTH is a power of two."""
@@ -141,7 +152,7 @@ def project_row(
     acc = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
-    for i in range(0, (D + BK - 1) // BK):
+    for i in tl.static_range(0, (D + BK - 1) // BK):
         k = i * BK + tl.arange(0, BK)
         live = k < D
         at = rows[:, None] * D + k[None, :]
@@ -150,6 +161,8 @@ def project_row(
             w1 = tl.load(W1 + at, mask=inside[:, None] & live[None, :], other=0.0)
         if NORM is not None:
             factors = tl.load(NORM + (k % WIDTH if PER_HEAD else k), mask=live, other=0.0).to(tl.float32)
+        if i == 0:
+            wait(PDL)
         for row in tl.static_range(ROWS):
             there = tl.where(row < batch, D, 0)
             x = tl.load(X + row * x_b + k, mask=k < there, other=0.0).to(tl.float32)
@@ -175,7 +188,7 @@ def project_row(
 
 @triton.jit
 def _residual(RESIDUAL, b, rows, column, batch, size, o_b):
-    """What is added to the output, asked for before the products so that nothing waits for it."""
+    """What is added to the output, asked for before the products, and ahead of `wait`, so that nothing waits for it."""
     if RESIDUAL is None:
         return tl.zeros([b.shape[0], rows.shape[0]], tl.float32)
     else:
@@ -202,7 +215,8 @@ def _finish(
 
 @triton.jit
 def normed_gated(
-    X, GATE, NORM, OUT, COPY, x_b, gate_b, eps, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr
+    X, GATE, NORM, OUT, COPY, x_b, gate_b, eps, PARTS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """``OUT = norm(X) * silu(GATE)`` (but for what is None), one part of a row, WIDTH numbers, per program.
 
@@ -212,11 +226,14 @@ def normed_gated(
     i = tl.arange(0, BLOCK)
     inside = i < WIDTH
     at = tl.program_id(0) % PARTS * WIDTH + i
+    if NORM is not None:
+        factors = tl.load(NORM + i, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
     source = tl.load(X + row * x_b + at, mask=inside, other=0.0)
     x = source.to(tl.float32)
     y = x
     if NORM is not None:
-        y *= tl.load(NORM + i, mask=inside, other=0.0).to(tl.float32)
+        y *= factors
     if GATE is not None:
         gate = tl.load(GATE + row * gate_b + at, mask=inside, other=0.0).to(tl.float32)
         y *= gate * sigmoid(gate)
@@ -277,6 +294,7 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
     x = x.reshape(x.shape[0], x.shape[2]).contiguous()
     B, D = x.shape
     tiles = B <= TILE_ROWS
+    pdl = tiles and not INTERPRETED and overlaps(x.device)
     weights = {name: y.weight for name, y in _projections(mixer).items()}
     hidden = x.new_empty(B, D)
     parts: dict[str, Tensor] = {}
@@ -286,30 +304,32 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
     if weights:
         widths = [w.shape[0] for w in weights.values()]
         y = x.new_empty(B, sum(widths))
-        _project(x, y, list(weights.values()), norm=block.input_layernorm)
+        _project(x, y, list(weights.values()), norm=block.input_layernorm, pdl=pdl and block.layer_idx > 0)
         parts |= dict(zip(weights, y.split(widths, -1), strict=True))
     gate = parts.get("gate_proj")
     of = {name: y[:, None] for name, y in parts.items()}
     shaped = shape(
         mixer, of["qkv_proj"], write=of.get("write_proj"), decay=of.get("decay_proj"), ridge=of.get("ridge_proj"),
-        mask=mask, history=state.conv, move=True,
+        mask=mask, history=state.conv, move=True, pdl=pdl,
     )  # fmt: skip
     q, k, v = (z[:, 0] for z in (shaped.q, shaped.k, shaped.v))
     options: dict[str, Any] = {
         n: z[:, 0] if n in ("g", "ridge") and isinstance(z, Tensor) else z for n, z in shaped.options.items()
     }
-    heads, _ = step(mixer.op, q, k, v, state.op, out_state=state.op, scale=mixer.scale, **options)
+    with overlapping(pdl):
+        heads, _ = step(mixer.op, q, k, v, state.op, out_state=state.op, scale=mixer.scale, **options)
 
     o = heads.flatten(1)
     out_norm, width = mixer.o_norm, mixer.head_v_dim
     both = [mlp.gate_proj.weight, mlp.up_proj.weight]
     if tiles:
         if B > ROWS:
-            o, gate, out_norm, width = _normed_gated(o, norm=out_norm, gate=gate, width=width), None, None, None
-        _project(o, hidden, [mixer.o_proj.weight], norm=out_norm, gate=gate, width=width, residual=x)
+            o = _normed_gated(o, norm=out_norm, gate=gate, width=width, pdl=pdl)
+            gate, out_norm, width = None, None, None
+        _project(o, hidden, [mixer.o_proj.weight], norm=out_norm, gate=gate, width=width, residual=x, pdl=pdl)
         inner, out = x.new_empty(B, both[0].shape[0]), x.new_empty(B, D)
-        _project(hidden, inner, both, norm=block.post_attention_layernorm, swiglu=True)
-        _project(inner, out, [mlp.down_proj.weight], residual=hidden)
+        _project(hidden, inner, both, norm=block.post_attention_layernorm, swiglu=True, pdl=pdl)
+        _project(inner, out, [mlp.down_proj.weight], residual=hidden, pdl=pdl)
         return out[:, None]
     o = _normed_gated(o, norm=out_norm, gate=gate, width=width)  # (the residuals are in the outputs already)
     hidden.addmm_(o, mixer.o_proj.weight.T)
@@ -325,7 +345,7 @@ def _multiply(x: Tensor, weight: Tensor) -> Tensor:
 
 def _normed_gated(
     x: Tensor, *, norm: nn.RMSNorm | None = None, gate: Tensor | None = None, width: int | None = None,
-    copy: Tensor | None = None,
+    copy: Tensor | None = None, pdl: bool = False,
 ) -> Tensor:  # fmt: skip
     """``norm(x) * silu(gate)`` in parts of a row of ``width`` numbers."""
     if norm is None and gate is None:
@@ -335,7 +355,7 @@ def _normed_gated(
     launch(
         normed_gated, x.shape[0] * parts, x, gate, None if norm is None else norm.weight, out, copy,
         x.stride(0), 0 if gate is None else gate.stride(0), 0.0 if norm is None else float(norm.eps or 0.0),
-        PARTS=parts, WIDTH=width, BLOCK=block_of(width), warps=min(8, max(1, block_of(width) // 256)),
+        PARTS=parts, WIDTH=width, BLOCK=block_of(width), warps=min(8, max(1, block_of(width) // 256)), pdl=pdl,
     )  # fmt: skip
     return out
 
@@ -382,6 +402,7 @@ def _tile(
 def _project(
     x: Tensor, out: Tensor, weights: list[Tensor], *, norm: nn.RMSNorm | None = None, gate: Tensor | None = None,
     width: int | None = None, swiglu: bool = False, residual: Tensor | None = None,
+    pdl: bool = False,
 ) -> None:  # fmt: skip
     """width: x is normalised in parts of so many numbers."""
     B, D = x.shape
@@ -405,5 +426,5 @@ def _project(
         0.0 if norm is None else float(norm.eps or 0.0),
         D=D, WIDTH=width or (columns if kernel is project else 256), PER_HEAD=width is not None, SWIGLU=swiglu,
         BN=rows, BK=columns, ROWS=side, OPERAND=tl.float32 if INTERPRETED else OPERANDS[x.dtype], warps=warps,
-        stages=stages,
+        stages=stages, pdl=pdl,
     )  # fmt: skip

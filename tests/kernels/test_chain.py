@@ -5,6 +5,7 @@
 
 import mmap
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,9 +74,72 @@ def covered(name: str, option: str, shape: str) -> bool:
     }[shape]
 
 
-@pytest.mark.parametrize("name,option,shape", [(*c, s) for c in CASES for s in SHAPES if covered(*c, s)])
+# Stages are all that the kernels see of an operator, so cases with the same stages are one case. These are left out,
+# each for the one beside it: first order is `linear_attn`, and a gain or a scale alone is a number in the place of
+# another. `test_what_is_left_out_is_the_same_problem` compares what the kernels are given. All go through the chunk
+# form in tests/ops/test_laws.py.
+SAME = (
+    {
+        (name, option): ("linear_attn", "g" if option.startswith("g") and option != "gain" else "plain")
+        for name in ("ahla1", "hla_n1")
+        for option in ("plain", "g", "p=k", "ridge", "gain", "ridge,gain per token", "g,p=k,per token", "scale")
+    }
+    | {("ahla1", "normalize"): ("linear_attn", "normalize"), ("hla_n1", "normalize"): ("linear_attn", "normalize")}
+    | {("hla_n1", option): ("ahla1", option) for option in ("p=HQ", "p=HKV", "g,normalize,ridge")}
+    | {
+        (name, option): (name, "plain")
+        for name in ("ahla", "ahla3", "hla_n4", "hla_n5")
+        for option in ("gain", "scale")
+    }
+    | {("linear_attn", "scale"): ("linear_attn", "plain")}
+    | {("hla2", "scale"): ("hla2", "plain"), ("hla3", "gain"): ("hla3", "plain")}
+)
+del SAME["hla_n1", "g"]  # one of each operator stays
+
+
+@pytest.mark.parametrize(
+    "name,option,shape", [(*c, s) for c in CASES for s in SHAPES if covered(*c, s) and c not in SAME]
+)
 def test_equal_the_float64_chunk_form(name, option, shape, short_segments):
     check(Inputs(name, option, **SHAPES[shape]))
+
+
+class Given(Exception):
+    """Raised in the place of running kernels; its argument is what they would have been given."""
+
+
+def given(name: str, option: str, shape: str, monkeypatch) -> tuple:
+    """Stages, operands and shapes that reach the kernels, and which of them need gradients, without the constants."""
+
+    def number(x):
+        return x if isinstance(x, str) or x in (0, 1) else "a number"
+
+    def stop(stages, tensors, per_token, g, **more):
+        stages = [
+            replace(s, gain=number(s.gain), residuals=tuple((number(x), of) for x, of in s.residuals)) for s in stages
+        ]
+        names = [next(n for n, y in tensors.items() if y is x) for x in tensors.values()]  # one tensor in two roles
+        operands = [(n, x.shape, x.dtype, x.requires_grad) for n, x in (*tensors.items(), *per_token.items(), ("g", g))
+                    if x is not None]  # fmt: skip
+        initial = [x is not None for x in more["initial_states"]]
+        raise Given(stages, names, operands, initial, more["outputs"], more["output_final_states"])
+
+    x = Inputs(name, option, **SHAPES[shape])
+    _, state, _, _ = results(x, F64, "torch")
+    with monkeypatch.context() as patch, pytest.raises(Given) as found:
+        patch.setattr("hla.kernels.chain", stop)
+        results(x, torch.float32, "triton", initial_state=state)
+    return found.value.args
+
+
+@pytest.mark.parametrize("name,option", SAME)
+def test_what_is_left_out_is_the_same_problem(name, option, monkeypatch):
+    other = SAME[name, option]
+    assert other in CASES and other not in SAME
+    for shape in SHAPES:
+        if covered(name, option, shape):
+            assert covered(*other, shape)
+            assert given(name, option, shape, monkeypatch) == given(*other, shape, monkeypatch)
 
 
 @pytest.mark.parametrize("name,option", [c for c in CASES if c[0].startswith("hla_q")])

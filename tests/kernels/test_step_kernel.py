@@ -383,3 +383,24 @@ def test_the_operator_keeps_its_schema(op, monkeypatch):
     monkeypatch.undo()
     for args in seen:
         torch.library.opcheck(torch.ops.hla.step.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_only_steps_in_place_and_without_slots_ask_for_the_state_before_they_wait(monkeypatch):
+    """And only where someone says that the launch before them does not write it."""
+    seen = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *_, **options: seen.append((options["PDL"], options.get("launch_pdl", False)))
+
+    monkeypatch.setattr(kernel, "_query_side_kernel", Recorder())
+    call = make("hla_q")
+    state, index = some_state(call), torch.tensor([1, 0], device=DEVICE)
+    with kernel.overlapping():
+        kernel.fused_step(call, state, state)
+        kernel.fused_step(call, state)
+        kernel.fused_step(call, state, state, index)
+        with kernel.overlapping(False):
+            kernel.fused_step(call, state, state)
+    kernel.fused_step(call, state, state)
+    assert seen == [(True, True), *[(False, False)] * 4]
