@@ -30,8 +30,10 @@ demo: $(READY) ## train a small model on real English, let it write, and compare
 	$(BIN)/hla generate $(DEMO) "Fellow citizens, the state of our Union" --max-tokens 150 --temperature 0.7 --top-p 0.9 --seed 1
 	$(BIN)/hla evaluate $(DEMO) --reference benchmarks/results/demo_softmax.json
 
+# Tests of several processes run by themselves: they share a pool, and time-outs. The others share the cores.
 test: lint ## lint, then run all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --ignore tests/distributed
+	$(BIN)/python -m pytest tests/distributed
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .
