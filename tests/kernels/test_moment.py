@@ -1,4 +1,5 @@
-"""Summaries of segments by the Triton kernels, in the interpreter, equal those of the PyTorch form in float64."""
+"""Summaries of segments by the Triton kernels (on a GPU compiled, elsewhere in the interpreter) equal those of the
+PyTorch form in float64."""
 
 import pytest
 import torch
@@ -9,6 +10,14 @@ from tests.ops.cases import F64, assert_close
 pytest.importorskip("triton")
 from hla.kernels import segments
 from hla.kernels.moment import moment, moments_of_keys
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def _device():
+    with torch.device(DEVICE):
+        yield
 
 
 def leaf(*shape: int, dtype=torch.float32) -> torch.Tensor:
@@ -73,7 +82,7 @@ def test_summaries(op, gated, monkeypatch):
         inputs = [x.detach().to(wide).requires_grad_() for x in (q, k, v, *tensors)]
         named = dict(zip(options, inputs[3:], strict=True))
         found = algebra.summarize(op, *inputs[:3], **named)
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(DEVICE).manual_seed(0)
         total = sum((x * torch.randn(x.shape, generator=generator, dtype=F64).to(wide)).sum() for x in found)
         return [*found, *torch.autograd.grad(total, inputs, allow_unused=True)]
 
