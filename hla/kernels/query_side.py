@@ -58,7 +58,7 @@ class _Sizes:
         self.config = query_side_config(self.K, self.operand == tl.float32, device_config(q.device)[0])
         self.columns = min(64, block(self.K))
         self.blocks = -(-self.K // self.columns)
-        self.hopper = fits_hopper(self.K, self.order, self.dtype, device_config(q.device)[0])
+        self.hopper = fits_hopper(self.K, self.order, q.dtype, device_config(q.device)[0])
         self.segments = cut(self.B, self.T, self.HQ * self.blocks, cu_seqlens, q.device)
         self.chunks = cut_every(self.config.chunk, self.B, self.T, cu_seqlens, q.device)
 
