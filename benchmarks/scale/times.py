@@ -15,7 +15,6 @@ RESULTS = Path(__file__).parents[1] / "results"
 MIXERS = {"hla_q": "hla_q default form", "hla2": "hla2", "linear_attn": "linear_attn", "softmax": "sdpa cudnn"}
 # The summaries run in PyTorch, in float32; not measured on a GPU. 67: the data sheet of the H100, TFLOP/s outside of
 # the matrix units.
-F32_RATE = 67e12
 SMALL_KERNEL = 4e-6  # seconds, an assumption: one small kernel of a loop that no other work hides
 BACKWARD = 2.0  # of what lies between products: backward against forward, an assumption
 
@@ -188,14 +187,11 @@ def hla_exposed(config: HLAConfig, rates: Rates, links: Links, sp: int, local: f
 
 
 def summary_seconds(config: HLAConfig, rates: Rates, local: float, again: int) -> float:
-    """Of the moments k k^T and k v^T of a piece: their float32 products, and the copies PyTorch makes for them.
-
-    Each moment widens two tensors (2 bytes read, 4 written, 4 read) and weighs one (4 read, 4 written).
-    """
+    """Of the moments k k^T and k v^T of a piece (`hla.kernels.moment`): k and v are read, bfloat16; back again, and
+    their gradients written and added to the others."""
     HKV, K, V = config.num_key_value_heads, config.head_dim, config.head_v_dim
-    flops = 2 * HKV * K * (K + V)
-    moved = HKV * (10 * (3 * K + V) + 8 * 2 * K)
-    return (3 + again) * local * (flops / F32_RATE + moved / rates.copy)
+    tensors = 1 + again + 2 + 3
+    return local * tensors * 2 * HKV * (K + V) / rates.copy
 
 
 def fold_seconds(config: HLAConfig, rates: Rates, sp: int, again: int) -> float:
