@@ -1,5 +1,11 @@
 # mypy: ignore-errors
-"""`adjoint` of `query_side` for Hopper GPUs, in Gluon: all that a chunk adds to every gradient, in one program."""
+"""`adjoint` of `query_side` for Hopper GPUs, in Gluon: all that a chunk adds to every gradient, in one program.
+
+Gluon is Triton with the layouts written down. A tile ``[C, D]`` is spread over all warps, which in groups of four
+(`wgmma` takes four) have a share of its columns each. Both operands of every product are in shared memory, where all x
+and u of the chunk stay; registers hold y, dk and the chunk's moment. Products that the chain of readings does not wait
+for (dk, the moment) are started behind those that it does.
+"""
 
 from __future__ import annotations
 
@@ -75,6 +81,14 @@ def adjoint(
     ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, BLOCKS: gl.constexpr, GATED: gl.constexpr,
     WARPS_N: gl.constexpr,
 ):  # fmt: skip
+    """From the gradient DX of ``x_order`` to those of q, ridge and nodes, and what this chunk does to k.
+
+    DK is ADDED plus what readings of this chunk do to it, MOMENTS ``-sum_n x_{n-1} (read u_n)^T``, DTRACES the sum of the
+    decayed dtrace, TOTALS the log2-decay of the chunk: `scan_later` takes these three to earlier chunks. DC is what the
+    cumulated decays do at reading tokens, without what later chunks read of k (`fold_later`). All of ``[B, T, HQ, ...]``,
+    contiguous; states as `states` left them, bfloat16.
+    """
+    # Layouts: of [C, D], of [C, C] and of the moment as accumulators; B of rows in global memory; R, RC of rows' numbers.
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])
     LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, C // WARPS_N, 16])
     LN_WARPS: gl.constexpr = [8, WARPS_N // 2] if D == 128 else [4, WARPS_N]
@@ -104,12 +118,12 @@ def adjoint(
     k_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
     S_s = gl.allocate_shared_memory(gl.bfloat16, [D, D], SHD)
     q_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
-    x_s = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, D], SH)
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, D], SH)  # x_0, x_1, ...
     u_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
-    w_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
-    by_x = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, C], SHC)
+    w_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)  # -read u
+    by_x = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, C], SHC)  # -E (x k^T), for each x
+    by_u = gl.allocate_shared_memory(gl.bfloat16, [C, C], SHC)  # -E (u k^T)
     E_s = gl.allocate_shared_memory(gl.float32, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    by_u = gl.allocate_shared_memory(gl.bfloat16, [C, C], SHC)
 
     # To shared memory. (Through registers: the interface of asynchronous copies differs between versions of Triton.)
     br = gl.arange(0, C, gl.SliceLayout(1, B))
