@@ -83,12 +83,12 @@ def adjoint(
 ):  # fmt: skip
     """From the gradient DX of ``x_order`` to those of q, ridge and nodes, and what this chunk does to k.
 
-    DK is ADDED plus what readings of this chunk do to it, MOMENTS ``-sum_n x_{n-1} (read u_n)^T``, DTRACES the sum of the
-    decayed dtrace, TOTALS the log2-decay of the chunk: `scan_later` takes these three to earlier chunks. DC is what the
-    cumulated decays do at reading tokens, without what later chunks read of k (`fold_later`). All of ``[B, T, HQ, ...]``,
-    contiguous; states as `states` left them, bfloat16.
+    DK is ADDED plus what readings of this chunk do to it. MOMENTS is ``-sum_n x_{n-1} (read u_n)^T``, DTRACES the sum of
+    the decayed dtrace, TOTALS the log2-decay of the chunk: `scan_later` takes these three to earlier chunks. DC is what
+    the cumulated decays do at reading tokens, without what later chunks read of k (`fold_later`). All of
+    ``[B, T, HQ, ...]``, contiguous; the states as `states` left them, bfloat16.
     """
-    # Layouts: of [C, D], of [C, C] and of the moment as accumulators; B of rows in global memory; R, RC of rows' numbers.
+    # Layouts: accumulators [C, D], [C, C] and [D, D]; B, whole rows in global memory; R and RC, numbers of rows.
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])
     LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, C // WARPS_N, 16])
     LN_WARPS: gl.constexpr = [8, WARPS_N // 2] if D == 128 else [4, WARPS_N]
