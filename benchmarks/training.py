@@ -51,11 +51,11 @@ from benchmarks.cuda.probes import ceilings
 from benchmarks.generation import new_delta, new_hla, new_softmax
 from benchmarks.measure import environment, gpu_software, interleaved_medians, peak_bytes, say, synchronize, write_csv
 from benchmarks.training_report import DELTA, HLA, LLAMA, SOFTMAX, Row, plot, print_table
+from hla.build import recompute_activations
 from hla.graphed import EAGER, Graphed, Pool
 from hla.loss import summed_cross_entropy
 from hla.models import SIZES, HLAConfig, HLAForCausalLM, count_parameters
 from hla.pieces import backward_in_pieces
-from hla.train import recompute_activations
 
 DATA_SHEET = 989e12  # FLOP/s
 # Tokens of a micro-batch whose activations fit into 80 GB beside the weights and moments; a longer row is recomputed.

@@ -317,8 +317,8 @@ def evaluate_command(
     """Bits per byte of a model on text, beside what compressors make of the same bytes."""
     from hla.checkpoint import load_model
     from hla.data import encode_documents, fingerprint, read_documents, token_bytes
+    from hla.devices import choose_device
     from hla.evaluate import compressors, evaluate, held_out_documents, read_reference
-    from hla.train import choose_device
 
     if context is not None and context < 1:
         raise HLAError(f"context must be at least 1, not {context}")
@@ -396,10 +396,10 @@ def generate_command(
 ) -> None:
     """Write text that goes on from a prompt, token by token."""
     from hla.checkpoint import load_model
+    from hla.devices import choose_device
     from hla.generate import Snapshots, TextDecoder, check_sampling, prompt_ids, read, stream
     from hla.models import HLACache, HLAPreTrainedModel
     from hla.models.state_file import check_writable
-    from hla.train import choose_device
 
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -476,8 +476,8 @@ def inspect_command(
 ) -> None:
     """Show what every head of a model reads in a text: attention maps, spectra and gates on one HTML page."""
     from hla.data import read_documents
+    from hla.devices import choose_device
     from hla.inspect import inspect_model
-    from hla.train import choose_device
 
     content = read_documents([text])[0].text
     path = inspect_model(model, content, out, tokens=tokens, device=choose_device(device))

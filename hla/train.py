@@ -1,14 +1,15 @@
 """Train a language model on text: one configuration, one step function, one loop.
 
-What a run is made of stands apart so that more can be built from it: ``TrainConfig`` (every setting, checked),
-``prepare`` (text to token streams), ``build_model``, ``build_optimizer``, ``learning_rate``, ``train_step``, and
-``train``, which puts them together. The position of a run is its step: batches are a function of (seed, step).
+What a run is made of stands apart so that more can be built from it: ``TrainConfig`` (every setting, checked) in
+train_config.py, ``prepare`` (text to token streams) in sources.py, ``build_model``, ``build_optimizer`` and
+``learning_rate`` in build.py; here are ``train_step``, and ``train``, which puts them together. The position of a run
+is its step: batches are a function of (seed, step).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import glob
 import json
 import math
 import os
@@ -17,16 +18,30 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from hla.build import build_model, build_optimizer, check_model, learning_rate, recompute_activations
 from hla.checkpoint import METRICS_FILE, TRAINING_FILE, check_output, open_output, recover, save_model
-from hla.data import Batch, Row, fingerprint, pack_rows, token_bytes
-from hla.distributed.world import World, before_meeting, meet, ranks_started
+from hla.data import (
+    DEFAULT_CORPUS,
+    HUB,
+    Batch,
+    Row,
+    build_tokenizer,
+    fingerprint,
+    pack_rows,
+    stream_documents,
+    token_bytes,
+)
+from hla.devices import rank_device
+from hla.distributed.world import World, before_meeting, meet, ranks_started, told_by
 from hla.errors import HLAError
 from hla.evaluate import Evaluation, evaluate
 from hla.graphed import GraphedTraining
@@ -34,147 +49,18 @@ from hla.loss import mean_loss
 from hla.metrics import Metrics
 from hla.plots import plot_loss
 from hla.signals import stop_signals
-from hla.sources import Prepared, prepare, step_batches, step_rows
+from hla.sources import Prepared, prepare, step_rows
 from hla.telemetry import Watch, layer_values, measure
-from hla.token_files import absolute_sources
+from hla.token_files import absolute_sources, is_token_folder
 from hla.train_config import RUN_FILE, START_ONLY, TrainConfig, check_resumed, config_text, read_config, write_config
 from hla.training_state import newest, restore, run_tensors, save_checkpoint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
     from hla.distributed.training import Spread
 
-__all__ = [
-    "Prepared", "TrainConfig", "TrainResult", "build_model", "build_optimizer", "choose_device", "layer_types",
-    "learning_rate", "model_settings", "prepare", "step_batches", "stop_signals", "train", "train_step",
-]  # fmt: skip
-
-FINAL_LEARNING_RATE = 0.1  # of the peak, at the end of the cosine
 EVAL_WINDOWS = 64  # scored in validations along the way; the one at the end scores the whole held-out text
-
-
-# ---------------------------------------------------------------------------------------------------- the parts
-
-
-def choose_device(name: str) -> torch.device:
-    """The device called ``name``; ``"auto"`` is the GPU if there is one.
-
-    Raises:
-        HLAError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise HLAError(f"unknown device {name!r}: choose auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise HLAError(f"unknown device {name!r}: choose auto, cpu or cuda")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise HLAError(f"the device {name!r} needs a CUDA GPU and a PyTorch built for it; there is none here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise HLAError(f"there is no device {name!r}: this machine has {torch.cuda.device_count()} GPUs")
-    return device
-
-
-def rank_device(name: str, ranks: int) -> torch.device:
-    """The device called ``name`` for one of so many processes; of a machine's GPUs each has its own.
-
-    Raises:
-        HLAError: see :func:`choose_device`; also where several processes would share one GPU.
-    """
-    device = choose_device(name)
-    if ranks == 1 or device.type == "cpu":
-        return device
-    if device.index is not None:
-        raise HLAError(f"each rank has a GPU of its own, and {name!r} is one for all: use --device cuda")
-    return choose_device(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-
-
-def model_settings(config: TrainConfig) -> dict[str, Any]:
-    """The HLAConfig fields that ``config`` asks for; those of the tokenizer are missing.
-
-    Raises:
-        HLAError: unknown size, kind of layer or option.
-    """
-    from hla.models import SIZES, HLAConfig
-
-    if config.size not in SIZES:
-        raise HLAError(f"unknown size {config.size!r}: choose one of {', '.join(SIZES)}")
-    known = {field.name for field in dataclasses.fields(HLAConfig)} - {"vocab_size", "bos_token_id", "eos_token_id"}
-    for name in config.model:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ": options are the fields of hla.HLAConfig"
-            raise HLAError(f"the model has no option {name!r} to set{hint}")
-    settings = {**SIZES[config.size], "max_position_embeddings": config.context, **config.model}
-    return {"layer_types": layer_types(config.attention, settings["num_hidden_layers"]), **settings}
-
-
-def build_model(config: TrainConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A new model of the configured size for this tokenizer, its weights drawn with ``config.seed``; float32, CPU.
-
-    Raises:
-        HLAError: see :func:`model_settings`; also a value that means nothing.
-    """
-    from hla.models import HLAConfig, HLAForCausalLM
-
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    settings = model_settings(config)
-    try:
-        torch.manual_seed(config.seed)
-        return HLAForCausalLM(HLAConfig(**settings, **ids, vocab_size=len(tokenizer)))
-    except (ValueError, TypeError) as error:
-        raise HLAError(f"the model cannot be built: {error}") from error
-
-
-def recompute_activations(model: PreTrainedModel) -> None:
-    """Keep only the inputs of the layers, and compute what is in between again in the backward pass."""
-    options = {"use_reentrant": False, "preserve_rng_state": False}  # nothing is random, and a capture cannot ask
-    if hasattr(model, "activation_checkpointing_enable"):  # the name in newer releases of transformers
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def layer_types(pattern: str, layers: int) -> list[str]:
-    """Spell out a pattern: ``layer_types("hla,softmax", 3)`` is linear, full, linear.
-
-    Raises:
-        HLAError: an unknown kind of layer.
-    """
-    kinds = {"hla": "linear_attention", "softmax": "full_attention"}
-    names = [name.strip() for name in pattern.split(",")]
-    for name in names:
-        if name not in kinds:
-            raise HLAError(f"unknown attention {name!r}: choose hla or softmax, or a pattern such as hla,hla,softmax")
-    return [kinds[names[i % len(names)]] for i in range(layers)]
-
-
-def build_optimizer(model: torch.nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only: not on norms, biases, convolutions or per-head numbers."""
-    # By the kind of module: the taps of a depthwise convolution are a two-dimensional tensor too, but no matrix.
-    matrices = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear | torch.nn.Embedding)}
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if id(p) in matrices], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if id(p) not in matrices], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), eps=1e-8)
-
-
-def learning_rate(peak: float, progress: float, step: int, warmup: float) -> float:
-    """Linear warm-up times a cosine from ``peak`` to a tenth of it.
-
-    Args:
-        progress: how much of the run is over, 0 to 1; by steps or by the clock.
-        step: steps done.
-        warmup: below 1 a share of the run, from 1 on a number of steps.
-    """
-    ramp = (step + 1) / warmup if warmup >= 1 else progress / warmup if warmup > 0 else 1.0
-    cosine = (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-    return peak * min(ramp, 1.0) * (FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * cosine)
 
 
 def train_step(
@@ -217,9 +103,6 @@ def train_step(
     return loss, norm
 
 
-# ---------------------------------------------------------------------------------------------------- the run
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """What a run ended with; ``evaluation`` is of the whole held-out text, None if a signal stopped the run."""
@@ -256,8 +139,33 @@ def train(config: TrainConfig, console: Console | None = None) -> TrainResult:
         device = rank_device(config.device, ranks_started())
         if config.overwrite and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
             raise HLAError("torchrun has restarted a run with --overwrite, which would delete it: use --resume instead")
-    with ExitStack() as behind_all, meet(device) as world:
-        return _train(config, console or Console(stderr=True), world, mesh, device, behind_all)
+        # All that can be wrong with a command is said now: later, text has been read, and ranks wait for one another.
+        check_model(config, mesh)
+        _check_data(config)
+    met_before = dist.is_available() and dist.is_initialized()
+    try:
+        with ExitStack() as behind_all, meet(device) as world:
+            return _train(config, console or Console(stderr=True), world, mesh, device, behind_all)
+    except Exception as error:
+        # All ranks have this error, so none waits for the end of another; NCCL warns of a group that nobody ends.
+        if told_by(error) and dist.is_initialized() and not met_before:
+            dist.destroy_process_group()
+        raise
+
+
+def _check_data(config: TrainConfig) -> None:
+    """See that the sources are there and the tokenizer can be made, while next to nothing is read.
+
+    Raises:
+        HLAError: what reading would say of a name that stands for nothing, or making the tokenizer of its settings.
+    """
+    if not any(is_token_folder(Path(source)) for source in config.data):  # these bring their own
+        build_tokenizer(config.tokenizer, config.vocab_size, ())
+    for source in config.data or (DEFAULT_CORPUS,):
+        files = (name for name in glob.iglob(source, recursive=True) if Path(name).is_file())
+        there = source == "-" or Path(source).exists() or any(files)
+        if not there and not (source.startswith(HUB) and find_spec("datasets")):  # or that would be downloaded
+            next(stream_documents([source]), None)  # says what is missing; of the built-in corpus it reads one speech
 
 
 def _train(
@@ -283,7 +191,6 @@ def _train(
                 )
         else:
             check_output(folder, config.overwrite)
-        model_settings(config)
         return goes_on
 
     goes_on = world.first(check)

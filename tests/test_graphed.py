@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import hla
+from hla.build import build_model, build_optimizer, recompute_activations
 from hla.data import build_tokenizer, encode_documents
 from hla.errors import HLAError
 from hla.graphed import EAGER, SHAPES, Graphed, GraphedTraining, Pool, _Captured, _refusal, with_empty_documents
-from hla.train import build_model, build_optimizer, recompute_activations, train, train_step
+from hla.train import train, train_step
 from hla.train_config import TrainConfig, check_resumed, config_text, read_config
 from tests.text_helpers import MICRO, documents, micro_config, write_corpus
 

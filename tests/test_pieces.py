@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 import hla
+from hla.build import recompute_activations
 from hla.pieces import backward_in_pieces
-from hla.train import recompute_activations
 from tests.ops.cases import assert_close
 
 SMALL = {"vocab_size": 30, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 20}

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 
 import hla.loss
 import hla.train
+from hla.build import build_model, build_optimizer, recompute_activations
 from hla.data import build_tokenizer, encode_documents
 from hla.errors import HLAError
 from hla.loss import summed_cross_entropy
+from hla.signals import stop_signals
 from hla.telemetry import Watch, layer_values, measure
-from hla.train import TrainConfig, build_model, build_optimizer, recompute_activations, stop_signals, train, train_step
+from hla.train import train, train_step
+from hla.train_config import TrainConfig
 from hla.training_state import checkpoints, read_state
 from tests.text_helpers import MICRO, documents, micro_config, write_corpus
 

@@ -18,21 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import hla.checkpoint
 import hla.train
+from hla.build import build_model, build_optimizer, layer_types, learning_rate
 from hla.checkpoint import load_model, save_model
 from hla.data import Document, TokenStream, build_tokenizer, encode_documents, read_documents, token_bytes
 from hla.errors import HLAError
 from hla.evaluate import evaluate, windows
-from hla.train import (
-    TrainConfig,
-    build_model,
-    build_optimizer,
-    layer_types,
-    learning_rate,
-    prepare,
-    step_batches,
-    train,
-    train_step,
-)
+from hla.sources import prepare, step_batches
+from hla.train import train, train_step
+from hla.train_config import TrainConfig
 from tests.text_helpers import MICRO, MICRO_OPTIONS, documents, micro_config, write_corpus
 
 BYTES = build_tokenizer("bytes", 0, [])

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hla.data import Document
-from hla.train import TrainConfig
+from hla.train_config import TrainConfig
 
 with torch.device("meta"):  # lets PyTorch list its constructors before conftest wraps them: loading models needs that
     torch.empty(0)

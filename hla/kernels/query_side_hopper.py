@@ -84,9 +84,9 @@ def adjoint(
     """From the gradient DX of ``x_order`` to those of q, ridge and nodes, and what this chunk does to k.
 
     DK is ADDED plus what readings of this chunk do to it. MOMENTS is ``-sum_n x_{n-1} (read u_n)^T``, DTRACES the sum
-    of the decayed dtrace, TOTALS the log2-decay of the chunk: `scan_later` takes these three to earlier chunks. DC is what
-    the cumulated decays do at reading tokens, without what later chunks read of k (`fold_later`). All of
-    ``[B, T, HQ, ...]``, contiguous; the states as `states` left them, bfloat16.
+    of the decayed dtrace, TOTALS the log2-decay of the chunk: `scan_later` takes these three to earlier chunks. DC is
+    what the cumulated decays do at reading tokens, without what later chunks read of k (`fold_later`). All of ``[B,
+    T, HQ, ...]``, contiguous; the states as `states` left them, bfloat16.
     """
     # Layouts: accumulators [C, D], [C, C] and [D, D]; B, whole rows in global memory; R and RC, numbers of rows.
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])

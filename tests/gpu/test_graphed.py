@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hla.build import build_model, build_optimizer, recompute_activations
 from hla.data import build_tokenizer, encode_documents
 from hla.errors import HLAError
 from hla.graphed import EAGER, Graphed, GraphedTraining
-from hla.train import build_model, build_optimizer, recompute_activations, train, train_step
+from hla.train import train, train_step
 from hla.train_config import TrainConfig
 from tests.text_helpers import documents, micro_config, write_corpus
 
