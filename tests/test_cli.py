@@ -103,7 +103,7 @@ WRONG = [
     ("option of the model without a value", "train corpus --set decay", "NAME=VALUE"),
     ("option of the model with a wrong value", "train corpus --set op=hla9", "cannot be built"),
     ("option of the model of another kind", "train corpus --set num_hidden_layers=2.5", "must be an integer, got 2.5"),
-    ("option of the model that cannot be saved", "train corpus --set head_dim=7", "cannot be built: RoPE requires"),
+    ("option of the model that cannot be saved", "train corpus --set head_dim=7", "head_dim must be even"),
     ("output holds something else", "train corpus --out in_use", "holds other files"),
     ("output holds a run", "train corpus --out model", "add --overwrite"),
     ("output is a file", "train corpus --out word.txt", "is a file"),

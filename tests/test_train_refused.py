@@ -22,7 +22,7 @@ REFUSED = [
     ("heads", {"model": {"num_attention_heads": 5}}, 1, r"hidden_size \(32\) must be a multiple of num_"),
     ("groups", {"model": {"num_key_value_heads": 3}}, 1, r"must be a multiple of num_key_value_heads \(3\)"),
     ("layers", {"model": {"num_hidden_layers": 2.5}}, 1, "num_hidden_layers must be an integer, got 2.5"),
-    ("rope", {"model": {"head_dim": 7}}, 1, "even rotary dimension, but got `head_dim`=7"),
+    ("rope", {"model": {"head_dim": 7}}, 1, "head_dim must be even"),
     ("tokenizer", {"tokenizer": "words"}, 1, "unknown tokenizer 'words'"),
     ("vocabulary", {"tokenizer": "bpe", "vocab_size": 10}, 1, "vocab_size must be at least 258"),
     ("rows", {"batch_size": 3}, 2, "batch_size must be divisible by dp: 3 rows for 2 ranks"),

@@ -204,6 +204,8 @@ class HLAConfig(PreTrainedConfig):
         # Softmax layers need a valid base and an even head_dim even where the HLA layers use no RoPE.
         theta = rope["rope_theta"] if "full_attention" in self.layer_types or self.use_rope else None
         check_arguments(**{**self.mixer_arguments(), "rope_theta": theta}, scale=None, bias=False)
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even (transformers saves no other configuration), got {self.head_dim}")
 
 
 def _check_unknown(kwargs: dict[str, Any]) -> None:
