@@ -263,14 +263,13 @@ def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wa
             chunks.first, chunks.per_sequence,
             heads, *((0, 0, 0, 0) if dS is None else dS.stride()), D=s.K, BLOCK=SCAN_BLOCK, AHEAD=8, warps=2,
         )  # fmt: skip
-    elif dS_initial is not None:
-        dS_initial.zero_() if dS is None else dS_initial.copy_(dS)
-    if q.numel():
         launch(
             fold_later, chunks.slots * heads, k, g, moments, m, dk, dc, chunks.table,
             s.T, chunks.per_sequence, heads, group, gg, *k.stride()[:3], D=s.K, C=s.config.chunk, BK=block(s.K),
             GATED=g is not None, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.warps, stages=1,
         )  # fmt: skip
+    elif dS_initial is not None:
+        dS_initial.zero_() if dS is None else dS_initial.copy_(dS)
     return dq, dk, dridge, dnodes, dc, dS_initial
 
 

@@ -355,6 +355,32 @@ def moments(
             tl.store(p, tl.where(ck[:, None] == cv[None, :], m, 0.0) - state, mask=inside)
 
 
+@triton.jit
+def _by_moment(
+    K, MOMENTS, batch, slot, start, stop, length, heads, h, group, k_b, k_t, k_h,
+    D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(pointers to k, k, ``(M + M^T) k`` of the moment M that enters a chunk from later ones, which tokens and which
+    entries of k there are, the tokens, their rows in a tensor ``[B, T, HQ, D]``)."""
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    live = start + rows < stop
+    row = tl.cast(start, tl.int64)
+    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+    pk = K + (batch * k_b + tl.cast(h // group, tl.int64) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
+    k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
+    pm = MOMENTS + (tl.cast(slot, tl.int64) * heads + h) * (D * D) + ck[:, None] * D + ck[None, :]
+    if D == BK:
+        moment = tl.load(pm).to(OPERAND)
+    else:
+        moment = tl.load(pm, mask=(ck < D)[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
+    dk = tl.dot(k, moment, input_precision=PRECISION)
+    dk = tl.dot(k, tl.trans(moment), dk, input_precision=PRECISION)
+    token = batch * length + row + rows
+    out = ((batch * length + row) * heads + h) * D + (rows[:, None] * (heads * D) + ck[None, :])
+    return pk, k, dk, live, in_k, token, out
+
+
 @triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", "tokens"])
 def fold(
     K, G, XS, US, MOMENTS, TRACES, DTRACE, ADDED, OUT, DOT, OWN, SLOTS,
@@ -372,34 +398,21 @@ def fold(
     sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
     if sequence < 0:
         return
+    pk, k, dk, live, in_k, token, out = _by_moment(
+        K, MOMENTS, batch, slot, start, stop, length, heads, h, group, k_b, k_t, k_h, D, C, BK, OPERAND, PRECISION
+    )  # fmt: skip
     rows = tl.arange(0, C)
-    ck = tl.arange(0, BK)
-    live = start + rows < stop
-    row = tl.cast(start, tl.int64)
-    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
-    pk = K + (batch * k_b + tl.cast(h // group, tl.int64) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
-    k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
-    at_chunk = tl.cast(slot, tl.int64) * heads + h
-    pm = MOMENTS + at_chunk * (D * D) + ck[:, None] * D + ck[None, :]
-    if D == BK:
-        moment = tl.load(pm).to(OPERAND)
-    else:
-        moment = tl.load(pm, mask=(ck < D)[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
-    token = (batch * length + row + rows) * heads + h
-    dtrace = tl.load(DTRACE + token, mask=live, other=0.0)
-    m = tl.load(TRACES + at_chunk)
+    dtrace = tl.load(DTRACE + token * heads + h, mask=live, other=0.0)
+    m = tl.load(TRACES + tl.cast(slot, tl.int64) * heads + h)
     later = rows[:, None] <= rows[None, :]
-    dk = tl.dot(k, moment, input_precision=PRECISION)
-    dk = tl.dot(k, tl.trans(moment), dk, input_precision=PRECISION)
     if GATED:
-        c, total = _decays(G, batch * length + row + rows, live, heads // group // gg, h // group // gg)
+        c, total = _decays(G, token, live, heads // group // gg, h // group // gg)
         E = tl.where(later, tl.exp2(c[None, :] - c[:, None]), 0.0)
         dk *= tl.exp2(total - c)[:, None]
         m = m * tl.exp2(total - c)
     else:
         E = tl.where(later, 1.0, 0.0)
     m += tl.sum(E * dtrace[None, :], 1)
-    out = ((batch * length + row) * heads + h) * D + (rows[:, None] * (heads * D) + ck[None, :])
     own = tl.zeros([C], tl.float32)
     same = rows[:, None] == rows[None, :]
     for n in range(0, ORDER):
@@ -419,9 +432,9 @@ def fold(
     kf = tl.load(pk, mask=in_k, other=0.0).to(tl.float32)
     dk = 2.0 * m[:, None] * kf - dk
     if DOT is not None:
-        tl.store(DOT + token, tl.sum(dk * kf, 1), mask=live)
+        tl.store(DOT + token * heads + h, tl.sum(dk * kf, 1), mask=live)
     if OWN is not None:
-        tl.store(OWN + token, own, mask=live)
+        tl.store(OWN + token * heads + h, own, mask=live)
     dk += tl.load(ADDED + out, mask=in_k, other=0.0).to(tl.float32)
     tl.store(OUT + out, dk.to(OUT.dtype.element_ty), mask=in_k)
 
@@ -483,30 +496,17 @@ def fold_later(
     sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
     if sequence < 0:
         return
-    rows = tl.arange(0, C)
-    ck = tl.arange(0, BK)
-    live = start + rows < stop
-    row = tl.cast(start, tl.int64)
-    in_k = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
-    pk = K + (batch * k_b + tl.cast(h // group, tl.int64) * k_h + row * k_t) + (rows[:, None] * k_t + ck[None, :])
-    k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
-    at_chunk = tl.cast(slot, tl.int64) * heads + h
-    pm = MOMENTS + at_chunk * (D * D) + ck[:, None] * D + ck[None, :]
-    if D == BK:
-        moment = tl.load(pm).to(OPERAND)
-    else:
-        moment = tl.load(pm, mask=(ck < D)[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
-    token = (batch * length + row + rows) * heads + h
-    dk = tl.dot(k, moment, input_precision=PRECISION)
-    dk = tl.dot(k, tl.trans(moment), dk, input_precision=PRECISION)
+    pk, k, dk, live, in_k, token, out = _by_moment(
+        K, MOMENTS, batch, slot, start, stop, length, heads, h, group, k_b, k_t, k_h, D, C, BK, OPERAND, PRECISION
+    )  # fmt: skip
     kf = k.to(tl.float32)
-    dk += 2.0 * tl.load(TRACES + at_chunk) * kf
+    dk += 2.0 * tl.load(TRACES + tl.cast(slot, tl.int64) * heads + h) * kf
     if GATED:
-        c, total = _decays(G, batch * length + row + rows, live, heads // group // gg, h // group // gg)
+        c, total = _decays(G, token, live, heads // group // gg, h // group // gg)
         dk *= tl.exp2(total - c)[:, None]
-        dc = tl.load(DC + token, mask=live, other=0.0)
-        tl.store(DC + token, dc - 0.5 * tl.sum(dk * kf, 1), mask=live)
-    out = ((batch * length + row) * heads + h) * D + (rows[:, None] * (heads * D) + ck[None, :])
+        at = token * heads + h
+        dc = tl.load(DC + at, mask=live, other=0.0)
+        tl.store(DC + at, dc - 0.5 * tl.sum(dk * kf, 1), mask=live)
     dk += tl.load(DK + out, mask=in_k, other=0.0).to(tl.float32)
     tl.store(DK + out, dk.to(DK.dtype.element_ty), mask=in_k)
 
