@@ -59,7 +59,7 @@ from hla.pieces import backward_in_pieces
 
 DATA_SHEET = 989e12  # FLOP/s
 # Tokens of a micro-batch whose activations fit into 80 GB beside the weights and moments; a longer row is recomputed.
-MICRO = {"tiny": 32768, "small": 32768, "base": 32768, "medium": 16384, "large": 8192}
+MICRO = {"tiny": 32768, "small": 32768, "base": 32768, "medium": 32768, "large": 16384}
 TOGETHER = 4e8  # parameters: up to so many, all models of a size are in memory at once and take turns
 BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from hla.convolution import history_after, positions_in_packed, short_convolution
 from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
 from hla.layer_state import LayerState, copy_state, map_state
+from hla.norm import RMSNorm
 from hla.ops.checks import HAS_TRITON, chebyshev_nodes, check_backend
 from hla.ops.higher_order import ahla, hla2, hla3, hla_q, linear_attn
 from hla.ops.recurrent import step
@@ -48,23 +49,6 @@ B_START = math.exp(-3.0)
 # bits per byte over the first few hundred steps, and far faster than taps near the identity.
 CONV_START_STD = 0.02
 START = {"ridge": 1.0, "gain": B_START, "value_ridge": 1.0, "value_gain": B_START}
-
-
-class RMSNorm(nn.RMSNorm):
-    """`torch.nn.RMSNorm` in the dtype of its input, which keeps the fused kernels in use under autocast.
-
-    Under autocast the result is rounded to its dtype once, not by every projection that reads it.
-    """
-
-    def shared_weight(self) -> Tensor:
-        """The weight as it is used (tensor parallelism sums its gradient over ranks)."""
-        return self.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.rms_norm(x, self.normalized_shape, self.shared_weight().to(x.dtype), self.eps)
-        if y.dtype != torch.float32 or y.is_meta or not torch.is_autocast_enabled(x.device.type):
-            return y
-        return y.to(torch.get_autocast_dtype(x.device.type))
 
 
 class HigherOrderLinearAttention(nn.Module):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
-from hla.layers import HigherOrderLinearAttention, RMSNorm
+from hla.layers import HigherOrderLinearAttention
 from hla.models.modeling_hla import HLAAttention, HLABlock
+from hla.norm import RMSNorm
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ Head sizes up to 128; larger ones go stage by stage through `chain`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -29,8 +31,9 @@ from torch import Tensor
 from hla.kernels.configs import block, device_config, query_side_config
 from hla.kernels.launch import INTERPRETED, launch
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import accumulate, operand, read, sum_heads
-from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve, states
+from hla.kernels.linear_attn import operand, read, sum_heads
+from hla.kernels.pairs import Entering, entering, fits, gradients
+from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
 from hla.kernels.segments import cut, cut_every, enter, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
@@ -66,29 +69,12 @@ class _Sizes:
         return torch.empty(*shape, dtype=dtype, device=self.device)
 
 
-def _run_states(
-    s: _Sizes, k: Tensor, g: Tensor | None, initial: Tensor | None, final: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(S entering each chunk, its trace by blocks of columns, the final S)."""
-    entered = initial
-    if s.segments.split:
-        entered = accumulate(k, k, g, s.segments, heads=s.HKV, initial=initial)
-    all_states = s.new(s.chunks.slots, s.HKV, s.K, s.K, dtype=s.dtype)
-    traces = s.new(s.chunks.slots, s.HKV, s.blocks)
-    leave = s.new(s.segments.sequences, s.HKV, s.K, s.K) if final else None
-    if k.numel():
-        launch(
-            states, s.segments.slots * s.HKV * s.blocks,
-            k, g, entered, all_states, traces, leave, s.segments.table, s.chunks.table, s.chunks.first,
-            s.T, s.segments.segment, s.segments.per_sequence, s.chunks.per_sequence, s.HKV,
-            s.HKV // g.shape[2] if g is not None else 1, *k.stride()[:3],
-            *((0, 0, 0, 0) if entered is None else entered.stride()),
-            D=s.K, C=s.config.chunk, BK=block(s.K), BV=s.columns, GATED=g is not None, SPLIT=s.segments.split,
-            OPERAND=s.operand, PRECISION=s.precision, warps=4, stages=s.config.states_stages,
-        )  # fmt: skip
-    elif leave is not None:
-        leave.zero_() if initial is None else leave.copy_(initial)
-    return all_states, traces, leave
+def _run_states(s: _Sizes, k: Tensor, g: Tensor | None, initial: Tensor | None, final: bool) -> Entering:
+    """S."""
+    return entering(
+        k, k, g, s.segments, s.chunks, heads=s.HKV, initial=initial, final=final, dtype=s.dtype, traces=True,
+        stages=s.config.states_stages,
+    )  # fmt: skip
 
 
 def _common(s: _Sizes, q: Tensor, k: Tensor, g: Tensor | None, ridge: Tensor, nodes: Tensor) -> tuple[tuple, dict]:
@@ -148,14 +134,73 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     dS, dP = grads[1:3] if final else (None, None)
     if do is None:
         do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
-    heads, group = q.shape[2], q.shape[2] // k.shape[2]
+    group = q.shape[2] // k.shape[2]
     s = _Sizes(q, k, cu_seqlens, nodes.shape[-1] - 1)
-    do = do.contiguous()
     gated = needed[3]
+    read_P = _in_pairs if fits(s.K, v.shape[3], q.dtype) else _in_walks
+    at_P = read_P(s, x, k, v, do.contiguous(), g, P, dP, scale, gated)
+    readings = _in_one_kernel if s.hopper else _in_three_kernels
+    dq, out, dridge, dnodes, dc, dS_initial = readings(
+        s, q, k, g, ridge, nodes, S, dS, at_P.dx, at_P.dk, gated, needed[6]
+    )
+    dk, dv = sum_heads(out, s.HKV), sum_heads(at_P.dv, s.HKV)
+    dg = None
+    if gated:
+        assert g is not None
+        total = None
+        for state, dstate in zip(finals, (dS, dP if at_P.dg is None else None), strict=False):
+            if dstate is not None:
+                y = (state * dstate).sum((-1, -2))
+                total = y if total is None else total + y
+        if total is not None:
+            total = sum_heads(total[:, None], g.shape[2])[:, 0]
+        dc = dc if at_P.dc is None else dc + at_P.dc
+        dg = sum_later(sum_heads(dc, g.shape[2]), total, cu_seqlens)
+        if at_P.dg is not None:
+            dg += sum_heads(at_P.dg, g.shape[2])
+    dP_initial = None
+    if P is not None and needed[7]:
+        assert at_P.dP is not None
+        dP_initial = (at_P.dP * scale).unflatten(1, (s.HKV, group)).sum(2).to(P.dtype)
+    if dS_initial is not None:
+        dS_initial = dS_initial.unflatten(1, (s.HKV, group)).sum(2).to(S.dtype)
+    found = [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial, None]
+    return [x if need else None for x, need in zip(found, needed, strict=True)]
 
-    # The reading of P: o = scale LA(x, k, v; g).
-    ends = None if dP is None else _per_head(dP, group) / scale
-    common = dict(heads=heads, factor=scale, exact=gated)
+
+class _AtP(NamedTuple):
+    """Gradients through the reading of P, ``o = scale LA(x, k, v; g)``: of x, k and v per head of q; of the initial P
+    in units of scale, or None; of g per head of q either itself, or as what `sum_later` makes it from (dc)."""
+
+    dx: Tensor
+    dk: Tensor
+    dv: Tensor
+    dP: Tensor | None
+    dg: Tensor | None
+    dc: Tensor | None
+
+
+def _in_pairs(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
+    """Chunk by chunk, from the states between them."""
+    dtype = torch.bfloat16 if s.operand == tl.bfloat16 else torch.float32
+    earlier = entering(
+        k, v, g, s.segments, s.chunks, heads=s.HKV, initial=P, final=False, dtype=dtype, stages=s.config.states_stages
+    )  # fmt: skip
+    ends = None if dP is None else _per_head(dP, s.HQ // s.HKV) / scale
+    later = entering(
+        x, do, g, s.segments, s.chunks, heads=s.HQ, initial=ends,
+        final=P is not None, dtype=dtype, reverse=True, stages=s.config.states_stages,
+    )  # fmt: skip
+    dx, dk, dv, dg = gradients(
+        x, k, v, do, g, earlier.states, later.states, s.chunks, factor=scale, dx_dtype=s.dtype, warps=s.config.warps
+    )  # fmt: skip
+    return _AtP(dx, dk, dv, later.final, dg if gated else None, None)
+
+
+def _in_walks(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
+    """By three walks, for operands that are wide or large."""
+    ends = None if dP is None else _per_head(dP, s.HQ // s.HKV) / scale
+    common = dict(heads=s.HQ, factor=scale, exact=gated)
     values = read(k, x, do, g, s.segments, reverse=True, initial=ends, final=P is not None, out_dtype=v.dtype, **common)
     keys = read(
         v, do, x, g, s.segments, reverse=True, initial=None if ends is None else ends.mT, x=k if gated else None,
@@ -165,34 +210,8 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
         do, v, k, g, s.segments, x=x if gated else None, initial=None if P is None else P.mT, out_dtype=s.dtype,
         **common,
     )  # fmt: skip
-    dv = sum_heads(values.o, s.HKV)
-
-    # The readings of S.
-    readings = _in_one_kernel if s.hopper else _in_three_kernels
-    dq, out, dridge, dnodes, dc, dS_initial = readings(
-        s, q, k, g, ridge, nodes, S, dS, queries.o, keys.o, gated, needed[6]
-    )
-    dk = sum_heads(out, s.HKV)
-    dg = None
-    if gated:
-        assert g is not None and queries.dot is not None and keys.dot is not None
-        dc += scale * (queries.dot - keys.dot)
-        total = None
-        for state, dstate in zip(finals, (dS, dP), strict=False):
-            if dstate is not None:
-                y = (state * dstate).sum((-1, -2))
-                total = y if total is None else total + y
-        if total is not None:
-            total = sum_heads(total[:, None], g.shape[2])[:, 0]
-        dg = sum_later(sum_heads(dc, g.shape[2]), total, cu_seqlens)
-    dP_initial = None
-    if P is not None and needed[7]:
-        assert values.final is not None
-        dP_initial = (values.final * scale).unflatten(1, (s.HKV, group)).sum(2).to(P.dtype)
-    if dS_initial is not None:
-        dS_initial = dS_initial.unflatten(1, (s.HKV, group)).sum(2).to(S.dtype)
-    found = [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial, None]
-    return [x if need else None for x, need in zip(found, needed, strict=True)]
+    dc = scale * (queries.dot - keys.dot) if queries.dot is not None and keys.dot is not None else None
+    return _AtP(queries.o, keys.o, values.o, values.final, None, dc)
 
 
 def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wants_dS):
@@ -249,8 +268,8 @@ def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wa
             q, k, g, ridge, nodes, all_states, traces, dx, added, dq, dk, moments, added_m, totals, dridge, dnodes, dc,
             chunks.table, s.T, chunks.per_sequence, heads, group, gg, *q.stride()[:3], *k.stride()[:3],
             *ridge.stride(), *nodes.stride(),
-            ORDER=s.order, D=s.K, C=s.config.chunk, BLOCKS=s.blocks, GATED=g is not None, WARPS_N=WARPS // 4,
-            warps=WARPS,
+            ORDER=s.order, D=s.K, C=s.config.chunk, BLOCKS=s.blocks, GATED=g is not None, WARPS_N=WARPS[s.K] // 4,
+            warps=WARPS[s.K],
         )  # fmt: skip
     del all_states
     dS = None if dS is None else _per_head(dS, group)

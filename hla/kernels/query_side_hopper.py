@@ -19,7 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hla.kernels.query_side_kernels import PER_TOKEN
 
-WARPS = 8  # of a program, in groups of four that share the columns of a tile
+# Warps of a program, in groups of four that share the columns of a tile. With one group there is room for two programs
+# on a multiprocessor, one of which can work while the other one waits.
+WARPS = {64: 4, 128: 8}
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # (its name differs between versions of Triton)
 
 
@@ -117,13 +119,13 @@ def adjoint(
     row = start.to(gl.int64)
     k_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
     S_s = gl.allocate_shared_memory(gl.bfloat16, [D, D], SHD)
-    q_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
     x_s = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, D], SH)  # x_0, x_1, ...
     u_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
     w_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)  # -read u
     by_x = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, C], SHC)  # -E (x k^T), for each x
     by_u = gl.allocate_shared_memory(gl.bfloat16, [C, C], SHC)  # -E (u k^T)
-    E_s = gl.allocate_shared_memory(gl.float32, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    # (What E multiplies is rounded to bfloat16. In float16 it has three digits more, and is 0 where it is below 6e-8.)
+    E_s = gl.allocate_shared_memory(gl.float16, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
 
     # To shared memory. (Through registers: the interface of asynchronous copies differs between versions of Triton.)
     br = gl.arange(0, C, gl.SliceLayout(1, B))
@@ -139,7 +141,7 @@ def adjoint(
     S = gl.load(STATES + at * (D * D) + sr[:, None] * D + bd[None, :])
     dx = gl.load(DX + at_b, mask=blive, other=0.0)
     k_s.store(k)
-    q_s.store(q)
+    u_s.store(q)
     S_s.store(S)
     w_s.store(dx)
 
@@ -168,7 +170,7 @@ def adjoint(
         total = 0.0
         E = gl.where(mask, 1.0, 0.0)
         read = gl.full([C], 1.0, gl.float32, R)
-    E_s.store(E)
+    E_s.store(E.to(gl.float16))
     _ready()
     k = _wide(k_s.load(L))
     squares = gl.convert_layout(gl.sum(k * k, 1), gl.SliceLayout(0, LC))
@@ -183,7 +185,8 @@ def adjoint(
     zeros = gl.zeros([C, D], gl.float32, L)
     zeros_c = gl.zeros([C, C], gl.float32, LC)
     same = rc[:, None] == cc[None, :]
-    x = _wide(q_s.load(L)) * steps[0][:, None]
+    x = _wide(u_s.load(L)) * steps[0][:, None]
+    theta = 1.0 / steps[0]  # x_0 theta is q, which needs no memory of its own
     x_s.index(0).store(x.to(gl.bfloat16))
     _ready()
     own_x = ()
@@ -194,12 +197,12 @@ def adjoint(
             raw = warpgroup_mma_wait(1, (raw,))
         else:
             raw = warpgroup_mma_wait(0, (raw,))
-        by_x.index(n - 1).store((raw * -E_s.load(LC)).to(gl.bfloat16))
+        by_x.index(n - 1).store((raw * -E_s.load(LC).to(gl.float32)).to(gl.bfloat16))
         if GATED:
             own_x = own_x + (_own_part(gl.where(same, raw, 0.0), WARPS_N),)
         if n < ORDER:
             by = steps[n][:, None]
-            x = x * (1.0 - by * ridge[:, None]) + by * _wide(q_s.load(L))
+            x = x * (1.0 - by * ridge[:, None]) + (by * theta[:, None]) * _wide(x_s.index(0).load(L))
             _ready()
             acc = warpgroup_mma_wait(0, (acc,))
             acc = acc * -read[:, None]
@@ -217,6 +220,7 @@ def adjoint(
     part = _own_part(y * 0.0, WARPS_N)
     P: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, part.type.layout))
     ridge_p = gl.convert_layout(ridge, P)[:, None, None]
+    theta_p = gl.convert_layout(theta, P)[:, None, None]
     dridge, dtrace, dc = part, part, part
     dthetas = ()
     for n in gl.static_range(ORDER, 0, -1):
@@ -232,11 +236,11 @@ def adjoint(
         dk = warpgroup_mma(by_x.index(n - 1).permute((1, 0)), u_n, dk, is_async=True)
         moment = warpgroup_mma(x_s.index(n - 1).permute((1, 0)), w_s, moment, is_async=True)
         xy = _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
-        qy = _own_part(_wide(q_s.load(L)) * y, WARPS_N)
+        qy = _own_part(_wide(x_s.index(0).load(L)) * y, WARPS_N)
         y *= 1.0 - by * ridge[:, None]
         raw = warpgroup_mma_wait(2, (raw,))
         y = warpgroup_mma(w_s, S_s, y, is_async=True)
-        by_u.store((raw * -E_s.load(LC)).to(gl.bfloat16))
+        by_u.store((raw * -E_s.load(LC).to(gl.float32)).to(gl.bfloat16))
         if GATED:
             u_ = _own_part(gl.where(same, raw, 0.0), WARPS_N)
             x_ = own_x[n - 1]
@@ -249,19 +253,19 @@ def adjoint(
         _barrier()
         step = gl.convert_layout(steps[n], P)[:, None, None]
         xSu = (1.0 - step * ridge_p) * xy - _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
-        dtheta = -step * (step * (qy - ridge_p * xy) - xSu)
+        dtheta = -step * (step * (theta_p * qy - ridge_p * xy) - xSu)
         dthetas = dthetas + (dtheta,)
         node = gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32)
         dridge += dtheta - step * xy
         dtrace += dtheta * gl.convert_layout(node, P)[:, None, None]
         dc -= xSu
-    qy = _own_part(_wide(q_s.load(L)) * y, WARPS_N)
+    qy = _own_part(_wide(x_s.index(0).load(L)) * y, WARPS_N)
 
     # Gradients of the numbers per token.
     for _ in gl.static_range(ORDER, 4):
         dthetas = dthetas + (part,)
     sums = _rest(qy, dridge, dtrace, dc, dthetas[0], dthetas[1], dthetas[2], dthetas[3], R)
-    dtheta = -steps[0] * steps[0] * sums[0]
+    dtheta = -steps[0] * sums[0]  # (theta times the square)
     gl.store(DNODES + token * (ORDER + 1), dtheta * traces, mask=live)
     dridge = sums[1] + dtheta
     dtrace = sums[2] + dtheta * gl.load(nodes, mask=live, other=1.0).to(gl.float32)
@@ -273,7 +277,7 @@ def adjoint(
     at = slot.to(gl.int64) * heads + h
     gl.store(DTRACES + at, gl.sum(dtrace * read, 0))
     gl.store(TOTALS + at, total)
-    m = gl.sum(E_s.load(LC) * gl.convert_layout(dtrace, RC)[:, None], 0)
+    m = gl.sum(E_s.load(LC).to(gl.float32) * gl.convert_layout(dtrace, RC)[:, None], 0)
     k = _wide(k_s.load(L))
     dk += (2.0 * gl.convert_layout(m, R))[:, None] * k
     dc -= 0.5 * gl.sum(dk * k, 1)

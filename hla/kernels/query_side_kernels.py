@@ -43,63 +43,6 @@ def _decays(G, at, live, heads, h):
     return tl.cumsum(g, 0), tl.sum(g, 0)
 
 
-@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "chunks_per_sequence", "heads", "gg"])
-def states(
-    K, G, ENTER, STATES, TRACES, LEAVE, SLOTS, CHUNKS, FIRST,
-    length, segment, per_sequence, chunks_per_sequence, heads, gg, k_b, k_t, k_h, e_n, e_h, e_k, e_v,
-    D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
-    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """BV columns of the S that enters each chunk of a segment, and their part of its trace (float32)."""
-    blocks: tl.constexpr = (D + BV - 1) // BV
-    block = tl.program_id(0) % blocks
-    h = (tl.program_id(0) // blocks) % heads
-    slot = tl.program_id(0) // (blocks * heads)
-    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
-    if sequence < 0:
-        return
-    rows = tl.arange(0, C)
-    ck = tl.arange(0, BK)
-    cv = block * BV + tl.arange(0, BV)
-    inside = (ck < D)[:, None] & (cv < D)[None, :]
-    state = tl.zeros([BK, BV], tl.float32)
-    if ENTER is not None:
-        pe = ENTER + tl.cast(slot if SPLIT else sequence, tl.int64) * e_n + h * e_h
-        state = tl.load(pe + ck[:, None] * e_k + cv[None, :] * e_v, mask=inside, other=0.0).to(tl.float32)
-    trace = tl.sum(tl.sum(tl.where(ck[:, None] == cv[None, :], state, 0.0), 0), 0)
-    chunk = _first_chunk(CHUNKS, FIRST, sequence, start, chunks_per_sequence, C)
-    if SLOTS is None:
-        at_end = start + segment >= length
-    else:
-        at_end = (tl.load(SLOTS + slot * 4 + 3) & 2) != 0
-    K += batch * k_b + tl.cast(h, tl.int64) * k_h
-    for i in range(0, tl.cdiv(stop - start, C)):
-        t = start + i * C
-        live = t + rows < stop
-        row = tl.cast(t, tl.int64)
-        pk = K + row * k_t + rows[:, None] * k_t
-        k = tl.load(pk + ck[None, :], mask=live[:, None] & (ck < D)[None, :], other=0.0).to(OPERAND)
-        v = tl.load(pk + cv[None, :], mask=live[:, None] & (cv < D)[None, :], other=0.0).to(tl.float32)
-        at = tl.cast(chunk + i, tl.int64) * heads + h
-        ps = STATES + at * (D * D) + ck[:, None] * D + cv[None, :]
-        tl.store(ps, state.to(STATES.dtype.element_ty), mask=inside)
-        tl.store(TRACES + at * blocks + block, trace)
-        if GATED:
-            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
-            weight = tl.exp2(total - c)
-            rho = tl.exp2(total)
-            trace = trace * rho + tl.sum(tl.sum(v * v, 1) * weight, 0)
-            state *= rho
-            v *= weight[:, None]
-        else:
-            trace += tl.sum(tl.sum(v * v, 1), 0)
-        state = tl.dot(tl.trans(k), v.to(OPERAND), state, input_precision=PRECISION)
-    if LEAVE is not None:
-        if at_end:
-            p = LEAVE + (tl.cast(sequence, tl.int64) * heads + h) * (D * D) + ck[:, None] * D + cv[None, :]
-            tl.store(p, state, mask=inside)
-
-
 @triton.jit
 def _chunk(
     K, G, STATES, TRACES, batch, slot, start, stop, length, kv_heads, hk, group_g, k_b, k_t, k_h,

@@ -2,7 +2,7 @@
 
 `shaped`: short convolution, feature map, norm and write gate of q, k and v; the forward pass is the kernel of prompts
 (`shape`). `gated_norm`: RMS norm of each head's output, times the output gate. Operation by operation these are about
-300 trips of a tensor ``[B, T, hidden_size]`` through memory, forward and backward; here they are 29. Sums over tokens
+300 trips of a tensor ``[B, T, hidden_size]`` through memory, forward and backward; here they are 23. Sums over tokens
 (for weights) are added up in a fixed order. `silu_product` is what the MLP has between its projections.
 """
 
@@ -20,140 +20,181 @@ from hla.convolution import positions_in_packed
 from hla.kernels.configs import block
 from hla.kernels.launch import launch
 from hla.kernels.library import Operation
-from hla.kernels.shape import FEATURES, NORMS, _shape, sigmoid
+from hla.kernels.shape import (
+    FEATURES,
+    NORMS,
+    TILE,
+    _shape,
+    convolved,
+    exponential,
+    featured,
+    inside_sequence,
+    loaded_token,
+    norm_factor,
+    real,
+    runs_of,
+    sigmoid,
+    taps_of,
+    window_before,
+)
 
 if TYPE_CHECKING:
-    from hla.layers import HigherOrderLinearAttention, RMSNorm
+    from hla.layers import HigherOrderLinearAttention
+    from hla.norm import RMSNorm
 
 NUMBERS = 2048  # of a tile
 STEPS = 16  # tiles a program goes through, and adds up for the gradients of weights
-GRADIENT = 512, 1  # numbers of a tile of `_shape_gradient`, and warps: sums over tokens stay inside one warp
+GRADIENT = 128, 3, 66  # of `_shape_gradient`, as `TILE` of `shape`
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "steps"])
-def _shape_gradient(
-    Y, MASK, BEGIN, TAPS, WRITE, DOUT, DY, DTAPS, DWRITE, length, blocks, steps, y_r, write_r, eps,
-    HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-    TAPS_N: tl.constexpr, BTAPS: tl.constexpr, FEATURE: tl.constexpr, NORM: tl.constexpr,
+@triton.jit
+def _gradient_walk(
+    Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, DTAPS, DWRITE, b, start, length, run, eps, channel, h, in_d, gated,
+    HKV: tl.constexpr, CHANNELS: tl.constexpr, DK: tl.constexpr, AHEAD: tl.constexpr, TAPS_N: tl.constexpr,
+    FEATURE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of what the convolution gave to DY, its products with what the taps read to DTAPS
-    ``[B * blocks, channels, TAPS_N]``, and that of the write gate's logits to DWRITE ``[2 (k, v), B, T, HKV]``.
+    """Runs of tokens of one head, one after the other, and the tokens behind each run that its last ones reach.
 
-    One program per row, ``steps`` times BT tokens, and head of q, k and v.
+    DTAPS: a line of each channel, DWRITE: ``[B, T, HKV]``. What the input of a token gets is complete TAPS_N - 1 tokens
+    later; ``pending`` has what it has got until then.
+    """
+    before: tl.constexpr = max(TAPS_N - 1, 0)
+    behind: tl.constexpr = (before + AHEAD - 1) // AHEAD * AHEAD  # tokens behind a run, in whole steps
+    at = b * length + start
+    left = tl.minimum(length - start, run + before)
+    own = tl.minimum(length - start, run)
+    here = at[:, None] * CHANNELS + channel[None, :]
+    line, dline, out = Y + here, DOUT + here, DX + here - before * CHANNELS
+    logits = WRITE
+    dlogits = DWRITE
+    if WRITE is not None:
+        logits = WRITE + at * HKV + h
+        dlogits = DWRITE + at * HKV + h
+    window = window_before(Y, MASK, BEGIN, None, b, start, length, CHANNELS, channel, in_d, before)
+    taps = taps_of(TAPS, channel, in_d, TAPS_N)
+    zeros = tl.zeros([start.shape[0], channel.shape[0]], tl.float32)
+    pending: tl.tuple = ()
+    for _ in tl.static_range(before):
+        pending = pending + (zeros,)
+    dtaps: tl.tuple = ()
+    for _ in tl.static_range(TAPS_N):
+        dtaps = dtaps + (zeros,)
+    loaded: tl.tuple = ()
+    for u in tl.static_range(AHEAD):
+        later_x, later_logit, inside = loaded_token(line, logits, MASK, at, u, left, in_d, gated)
+        loaded = loaded + ((later_x, tl.load(dline, mask=inside, other=0.0), later_logit),)
+        line += CHANNELS
+        dline += CHANNELS
+        if WRITE is not None:
+            logits += HKV
+    for first in range(0, run + behind, AHEAD):
+        if before > 0:
+            if first == run:  # (what is added from here on is other runs')
+                _store_sums(DTAPS, dtaps, in_d, TAPS_N)
+        for u in tl.static_range(AHEAD):
+            i = first + u
+            loaded_x, loaded_dout, logit = loaded[u]
+            later_x, later_logit, inside = loaded_token(line, logits, MASK, at, i + AHEAD, left, in_d, gated)
+            later = later_x, tl.load(dline, mask=inside, other=0.0), later_logit
+            loaded = loaded[:u] + (later,) + loaded[u + 1 :]
+            x, dout = loaded_x.to(tl.float32), loaded_dout.to(tl.float32)
+            if BEGIN is not None:
+                window = inside_sequence(BEGIN, window, start + i, i < left, before)
+            everything = window + (x,)
+            y, window = convolved(window, x, taps, TAPS_N)
+            f, slope = featured(y, FEATURE)
+            if FEATURE == 3:
+                f = tl.where(in_d[None, :], f, 0.0)
+            r = norm_factor(f, eps, NORM, DK)
+            factor = r
+            if NORM > 0 or WRITE is not None:
+                dot = tl.sum(dout * f, 1)
+            if WRITE is not None:
+                e = exponential(tl.minimum(-logit.to(tl.float32), 80.0))
+                share = tl.rsqrt(1.0 + e)
+                tl.store(dlogits, dot * r * (0.5 * e * share * share * share), mask=(i < own) & gated)
+                factor *= tl.where(gated, share, 1.0)
+            dy = dout * factor[:, None]
+            if NORM == 1:
+                dy -= f * (dot * factor * r * r)[:, None]
+            elif NORM == 2:
+                dy -= f * (dot * factor * r * r / DK)[:, None]
+            dy *= slope
+            dx = dy
+            if TAPS_N > 0:
+                sums: tl.tuple = ()
+                for s in tl.static_range(TAPS_N):
+                    sums = sums + (dtaps[s] + dy * everything[s],)
+                dtaps = sums
+                if BEGIN is not None:
+                    begin = tl.load(BEGIN + start + i, mask=i < left, other=0)
+                pending = pending + (zeros,)
+                sums = ()
+                for s in tl.static_range(TAPS_N):
+                    given = dy
+                    if BEGIN is not None:
+                        given = tl.where((start + i - (before - s) >= begin)[:, None], dy, 0.0)
+                    sums = sums + (pending[s] + given * taps[s],)
+                dx = sums[0]
+                pending = sums[1:]
+            live = (i - before < own) & (start + i - before >= start)
+            if MASK is not None:
+                dx = tl.where(real(MASK, at + i - before, live)[:, None], dx, 0.0)
+            tl.store(out, dx.to(DX.dtype.element_ty), mask=live[:, None] & in_d[None, :])
+            line += CHANNELS
+            dline += CHANNELS
+            out += CHANNELS
+            if WRITE is not None:
+                logits += HKV
+                dlogits += HKV
+    if TAPS_N == 1:
+        _store_sums(DTAPS, dtaps, in_d, TAPS_N)
+
+
+@triton.jit
+def _store_sums(DTAPS, dtaps, in_d, TAPS_N: tl.constexpr):
+    for i in tl.static_range(TAPS_N):
+        tl.store(DTAPS + i, tl.sum(dtaps[i], 0), mask=in_d)
+
+
+@triton.jit(do_not_specialize=["length", "blocks", "run"])
+def _shape_gradient(
+    Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, DTAPS, DWRITE, length, blocks, run, eps,
+    HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, RUNS: tl.constexpr,
+    AHEAD: tl.constexpr, TAPS_N: tl.constexpr, FEATURE: tl.constexpr, NORM: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the inputs to DX, of the taps to DTAPS ``[B * blocks, channels, TAPS_N]``, to be added up, and of
+    the write gate's logits to DWRITE ``[2 (k, v), B, T, HKV]``, likewise.
+
+    One program per row, RUNS runs of ``run`` tokens, and head of q, k and v.
     """
     heads: tl.constexpr = HQ + 2 * HKV
     channels: tl.constexpr = (HQ + HKV) * DK + HKV * DV
     j = tl.program_id(0) % heads
     part = tl.program_id(0) // heads
     b = tl.cast(part // blocks, tl.int64)
-    is_q = j < HQ
+    start = ((part % blocks) * RUNS + tl.arange(0, RUNS)) * run
+    gated = tl.zeros([RUNS], tl.int32) + j >= HQ
     is_v = j >= HQ + HKV
-    h = tl.where(is_v, j - HQ - HKV, j - HQ)
     d = tl.arange(0, BD)
     channel = tl.where(is_v, (HQ + HKV) * DK + (j - HQ - HKV) * DV, j * DK) + d
     in_d = d < tl.where(is_v, DV, DK)
-    which = tl.arange(0, BTAPS)
-    dtaps = tl.zeros([BTAPS, BD], tl.float32)
-    for step in range(0, steps):
-        t = ((part % blocks) * steps + step) * BT + tl.arange(0, BT)
-        live = t < length
-        inside = live[:, None] & in_d[None, :]
-        at = b * length + t
-        keep = tl.where(live, 1.0, 0.0)
-        if MASK is not None:
-            keep = tl.where(tl.load(MASK + at, mask=live, other=0) != 0, 1.0, 0.0)
-        y = tl.zeros([BT, BD], tl.float32)
-        if TAPS_N == 0:
-            y = tl.load(Y + at[:, None] * y_r + channel[None, :], mask=inside, other=0.0).to(tl.float32) * keep[:, None]
-        for i in tl.static_range(TAPS_N):
-            x = _earlier(Y, MASK, BEGIN, b, t, TAPS_N - 1 - i, length, y_r, channel, live, in_d)
-            y += x * tl.load(TAPS + channel * TAPS_N + i, mask=in_d, other=0.0).to(tl.float32)[None, :]
-        dout = tl.load(DOUT + at[:, None] * channels + channel[None, :], mask=inside, other=0.0).to(tl.float32)
-        dout *= keep[:, None]
-        f = y
-        slope = tl.full([BT, BD], 1.0, tl.float32)
-        r = tl.full([BT], 1.0, tl.float32)
-        if not is_v:
-            if FEATURE == 1:
-                s = sigmoid(y)
-                f = y * s
-                slope = s * (1.0 + y * (1.0 - s))
-            elif FEATURE == 2:
-                f = tl.maximum(y, 0.0)
-                slope = tl.where(y > 0, 1.0, 0.0)
-            elif FEATURE == 3:
-                slope = tl.where(y > 0, 1.0, tl.exp(tl.minimum(y, 0.0)))
-                f = tl.where(y > 0, y + 1.0, slope)
-            f = tl.where(inside, f, 0.0)
-            if NORM == 1:
-                r = tl.rsqrt(tl.sum(f * f, 1) + eps)
-            elif NORM == 2:
-                r = tl.rsqrt(tl.sum(f * f, 1) / DK + eps)
-        f *= r[:, None]
-        if not is_q:
-            if WRITE is not None:
-                logit = tl.load(WRITE + at * write_r + h, mask=live, other=0.0).to(tl.float32)
-                share = tl.sqrt(sigmoid(logit))
-                half = 0.5 * share * sigmoid(-logit)  # its slope
-                place = DWRITE + (tl.where(is_v, length * (tl.num_programs(0) // (heads * blocks)), 0) + at) * HKV + h
-                tl.store(place, tl.sum(dout * f, 1) * half, mask=live)
-                dout *= share[:, None]
-        if not is_v:
-            if NORM == 1:
-                dout = r[:, None] * (dout - f * tl.sum(dout * f, 1)[:, None])
-            elif NORM == 2:
-                dout = r[:, None] * (dout - f * (tl.sum(dout * f, 1) / DK)[:, None])
-        dy = dout * slope
-        if TAPS_N == 0:
-            dy *= keep[:, None]
-        tl.store(DY + at[:, None] * channels + channel[None, :], dy.to(DY.dtype.element_ty), mask=inside)
-        for i in tl.static_range(TAPS_N):
-            x = _earlier(Y, MASK, BEGIN, b, t, TAPS_N - 1 - i, length, y_r, channel, live, in_d)
-            dtaps += tl.where((which == i)[:, None], tl.sum(dy * x, 0)[None, :], 0.0)
+    sums = DTAPS
     if TAPS_N > 0:
-        place = DTAPS + (tl.cast(part, tl.int64) * channels + channel[None, :]) * TAPS_N + which[:, None]
-        tl.store(place, dtaps, mask=(which < TAPS_N)[:, None] & in_d[None, :])
-
-
-@triton.jit
-def _earlier(Y, MASK, BEGIN, b, t, shift: tl.constexpr, length, y_r, channel, live, in_d):
-    """The inputs ``shift`` tokens before t in float32, 0 at pads and before the sequence."""
-    before = t - shift
-    reached = live & (before >= 0)
-    if BEGIN is not None:
-        reached = reached & (before >= tl.load(BEGIN + t, mask=live, other=0))
-    if MASK is not None:
-        reached = reached & (tl.load(MASK + b * length + before, mask=reached, other=0) != 0)
-    p = Y + (b * length + before)[:, None] * y_r + channel[None, :]
-    return tl.load(p, mask=reached[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-
-
-@triton.jit(do_not_specialize=["length", "blocks"])
-def _correlate(
-    DY, MASK, BEGIN, TAPS, DX, length, blocks,
-    CHANNELS: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr, TAPS_N: tl.constexpr,
-):  # fmt: skip
-    """``dx_t = sum_s taps[TAPS_N - 1 - s] dy_{t+s}`` inside a sequence, 0 at pads: the adjoint of the convolution."""
-    columns: tl.constexpr = (CHANNELS + BD - 1) // BD
-    channel = tl.program_id(0) % columns * BD + tl.arange(0, BD)
-    part = tl.program_id(0) // columns
-    b = tl.cast(part // blocks, tl.int64)
-    t = part % blocks * BT + tl.arange(0, BT)
-    in_d = channel < CHANNELS
-    live = t < length
-    keep = live
-    if MASK is not None:
-        keep = keep & (tl.load(MASK + b * length + t, mask=live, other=0) != 0)
-    dx = tl.zeros([BT, BD], tl.float32)
-    for s in tl.static_range(TAPS_N):
-        reached = keep & (t + s < length)
-        if BEGIN is not None:
-            reached = reached & (tl.load(BEGIN + t + s, mask=reached, other=0) <= t)
-        p = DY + (b * length + t + s)[:, None] * CHANNELS + channel[None, :]
-        dy = tl.load(p, mask=reached[:, None] & in_d[None, :], other=0.0).to(tl.float32)
-        dx += dy * tl.load(TAPS + channel * TAPS_N + TAPS_N - 1 - s, mask=in_d, other=0.0).to(tl.float32)[None, :]
-    p = DX + (b * length + t)[:, None] * CHANNELS + channel[None, :]
-    tl.store(p, dx.to(DX.dtype.element_ty), mask=live[:, None] & in_d[None, :])
+        sums = DTAPS + (tl.cast(part, tl.int64) * channels + channel) * TAPS_N
+    if is_v:
+        dwrite = DWRITE
+        if WRITE is not None:
+            dwrite = DWRITE + tl.cast(length, tl.int64) * (tl.num_programs(0) // (heads * blocks)) * HKV
+        _gradient_walk(
+            Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, sums, dwrite, b, start, length, run, eps, channel,
+            j - HQ - HKV, in_d, gated, HKV, channels, DK, AHEAD, TAPS_N, 0, 0,
+        )  # fmt: skip
+    else:
+        _gradient_walk(
+            Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, sums, DWRITE, b, start, length, run, eps, channel,
+            j - HQ, in_d, gated, HKV, channels, DK, AHEAD, TAPS_N, FEATURE, NORM,
+        )  # fmt: skip
 
 
 def _plan(mixer: HigherOrderLinearAttention) -> str:
@@ -173,17 +214,17 @@ def _decode(plan: str) -> tuple[dict[str, int], float]:
 def _forward(plan: str, x, taps, write, mask, begin, *, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
     (B, T, channels), (c, eps) = x.shape, _decode(plan)
     out = x.new_empty(B, T, channels)
-    size = block(max(c["DK"], c["DV"]))
-    tokens = max(1, NUMBERS // size)
-    blocks = -(-T // tokens)
     if x.numel():
+        heads, size = c["HQ"] + 2 * c["HKV"], block(max(c["DK"], c["DV"]))
+        runs, run, blocks, ahead = runs_of(B, T, heads, size, TILE)
         launch(
-            _shape, B * blocks * (c["HQ"] + 2 * c["HKV"]),
+            _shape, B * blocks * heads,
             x, mask, begin, None, taps, write, None, None, None, None, None, None, out, None, None, None,
-            T, blocks, channels, c["HKV"], 0, 0, eps,  # (not the strides: those of a dimension of size 1 say nothing)
-            HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, BT=tokens,
-            TAPS_N=0 if taps is None else taps.shape[1], MOVE=False, FEATURE=c["FEATURE"], NORM=c["NORM"], FIXED=False,
-            ORDER=0, BN=16, warps=4,
+            # (no strides of tensors: that of a dimension of size 1 says nothing)
+            T, blocks, run, channels, c["HKV"], 0, 0, eps,
+            HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, RUNS=runs, AHEAD=ahead,
+            TAPS_N=0 if taps is None else taps.shape[1], MOVE=False, FEATURE=c["FEATURE"],
+            NORM=c["NORM"], FIXED=False, ORDER=0, BN=16, BT=32, warps=1,
         )  # fmt: skip
     return [out], []
 
@@ -197,30 +238,19 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     (B, T, channels), (c, eps) = x.shape, _decode(plan)
     n = 0 if taps is None else taps.shape[1]
     dout = grads[0].contiguous()
-    size, (numbers, warps) = block(max(c["DK"], c["DV"])), GRADIENT
-    tokens = max(1, numbers // size)
-    steps = max(1, min(STEPS, -(-T // tokens)))
-    blocks = -(-T // (tokens * steps))
+    heads, size = c["HQ"] + 2 * c["HKV"], block(max(c["DK"], c["DV"]))
+    runs, run, blocks, ahead = runs_of(B, T, heads, size, GRADIENT)
     new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=x.device)  # noqa: E731
-    dy = new(B, T, channels, dtype=x.dtype)
+    dx = new(B, T, channels, dtype=x.dtype)
     dtaps = new(B * blocks, channels, n) if n else None
     dwrite = None if write is None else new(2, B, T, c["HKV"])
-    dx = dy
     if x.numel():
         launch(
-            _shape_gradient, B * blocks * (c["HQ"] + 2 * c["HKV"]),
-            x, mask, begin, taps, write, dout, dy, dtaps, dwrite, T, blocks, steps, channels, c["HKV"], eps,
-            HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, BT=tokens, TAPS_N=n,
-            BTAPS=triton.next_power_of_2(max(1, n)), FEATURE=c["FEATURE"], NORM=c["NORM"], warps=warps,
+            _shape_gradient, B * blocks * heads,
+            x, mask, begin, taps, write, dout, dx, dtaps, dwrite, T, blocks, run, eps,
+            HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, RUNS=runs, AHEAD=ahead,
+            TAPS_N=n, FEATURE=c["FEATURE"], NORM=c["NORM"], warps=1,
         )  # fmt: skip
-        if n:
-            dx = new(B, T, channels, dtype=x.dtype)
-            tokens = max(1, NUMBERS // size)
-            blocks = -(-T // tokens)
-            launch(
-                _correlate, B * blocks * -(-channels // size), dy, mask, begin, taps, dx, T, blocks,
-                CHANNELS=channels, BD=size, BT=tokens, TAPS_N=n, warps=4,
-            )  # fmt: skip
     found = [
         dx,
         None if dtaps is None else dtaps.sum(0).to(taps.dtype),

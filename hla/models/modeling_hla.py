@@ -16,9 +16,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from hla.convolution import positions_in_packed
-from hla.layers import HigherOrderLinearAttention, RMSNorm
+from hla.layers import HigherOrderLinearAttention
 from hla.models.cache_hla import HLACache
 from hla.models.configuration_hla import HLAConfig
+from hla.norm import RMSNorm
 from hla.ops.checks import HAS_TRITON
 from hla.projection import project
 from hla.rotary import apply_rope, rope_cos_sin
@@ -51,7 +52,7 @@ class HLAAttention(nn.Module):
             .unflatten(-1, (-1, self.head_dim))
             .split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 2)
         )
-        q, k = apply_rope(q, *cos_sin), apply_rope(k, *cos_sin)
+        q, k = self._rotate(q, k, *cos_sin)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         if past_key_values is not None:
             mask = causal_mask(attention_mask, q.shape[2], past_key_values, self.layer_idx, q.device)
@@ -67,6 +68,19 @@ class HLAAttention(nn.Module):
         else:
             o = self._attend(q, k, v, causal_mask(attention_mask, q.shape[2], None, self.layer_idx, q.device))
         return project(self.o_proj, o.transpose(1, 2).flatten(2))
+
+    def _rotate(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """q and k with rotary embeddings, contiguous ``[B, T, heads, head_dim]``."""
+        if self._has_kernels(q) and not torch.compiler.is_compiling():  # (which fuses for itself)
+            from hla.kernels.rotary import fits, rotated
+
+            if fits(q, k, cos, sin):
+                return rotated(q, k, cos, sin)
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+
+    def _has_kernels(self, x: Tensor) -> bool:
+        """Whether Triton kernels take a tensor."""
+        return x.is_cuda and HAS_TRITON
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         causal = mask is None and q.shape[2] > 1
@@ -153,7 +167,8 @@ class HLABlock(GradientCheckpointingLayer):
     ) -> Tensor:
         if isinstance(self.mixer, HLAAttention):
             assert cos_sin is not None
-            x = self.mixer(self.input_layernorm(hidden_states), cos_sin, attention_mask, cu_seqlens, past_key_values)
+            hidden_states, x = self.input_layernorm.residual(hidden_states)
+            x = self.mixer(x, cos_sin, attention_mask, cu_seqlens, past_key_values)
         else:
             length = hidden_states.shape[1]
             if attention_mask is not None:
@@ -167,7 +182,7 @@ class HLABlock(GradientCheckpointingLayer):
 
                     if fits(self, hidden_states):
                         return token(self, hidden_states, state, attention_mask)
-            x = self.input_layernorm(hidden_states)
+            hidden_states, x = self.input_layernorm.residual(hidden_states)
             x, _ = self.mixer(
                 x,
                 attention_mask=attention_mask,
@@ -176,8 +191,8 @@ class HLABlock(GradientCheckpointingLayer):
                 state=state,
                 out_state=state,
             )
-        hidden_states = hidden_states + x
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+        hidden_states, x = self.post_attention_layernorm.residual(hidden_states, x)
+        return hidden_states + self.mlp(x)
 
 
 class HLAPreTrainedModel(PreTrainedModel):

@@ -7,10 +7,14 @@ import torch
 from torch.nn import functional as F
 
 from hla import HigherOrderLinearAttention
-from hla.layers import RMSNorm
+from hla.models import HLAConfig
+from hla.models.modeling_hla import HLAAttention
+from hla.norm import RMSNorm
+from hla.rotary import rope_cos_sin
 from tests.kernels.test_shape import CASES
 
 pytest.importorskip("triton")
+from hla.kernels import rotary
 from hla.kernels.shape_training import gated_norm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -74,3 +78,33 @@ def test_gated_norm(D, gated, dtype):
 
     truth = results(plain, copy.deepcopy(norm).double(), torch.float64)
     assert_no_worse(results(gated_norm, norm, dtype), results(plain, norm, dtype), truth, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["plain", "masked", "packed"])
+@pytest.mark.parametrize("D", [64, 96])
+def test_softmax_attention_with_rotary_embeddings(D, how, dtype, monkeypatch):
+    torch.manual_seed(0)
+    config = HLAConfig(hidden_size=512, num_attention_heads=6, num_key_value_heads=2, head_dim=D)
+    attention = HLAAttention(config, 0).cuda().to(dtype)
+    B, T = (1, 900) if how == "packed" else (2, 450)
+    x, dy = (torch.randn(B, T, 512, device="cuda").to(dtype) for _ in range(2))
+    mask = torch.ones(B, T, device="cuda", dtype=torch.bool)
+    mask[0, 300:] = False
+    positions = mask.long().cumsum(1) - 1 if how == "masked" else torch.arange(T, device="cuda")[None]
+    ends = torch.tensor([0, 2, 2, 500, 900], dtype=torch.int32, device="cuda")
+    given = mask if how == "masked" else None, ends if how == "packed" else None, None
+    launches = []
+    monkeypatch.setattr(rotary, "launch", lambda *a, f=rotary.launch, **k: (launches.append(a[0]), f(*a, **k)))
+
+    def results(attention: HLAAttention, x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.detach().requires_grad_()
+        y = attention(x, rope_cos_sin(positions, D, 10_000.0, x.dtype), *given)
+        return [y, *torch.autograd.grad(y, [x, *attention.parameters()], dy.to(y.dtype))]
+
+    truth = results(copy.deepcopy(attention).double(), x.double())
+    assert launches == []
+    found = results(attention, x)
+    assert len(launches) == 2
+    monkeypatch.setattr(HLAAttention, "_has_kernels", lambda *_: False)
+    assert_no_worse(found, results(attention, x), truth, dtype)

@@ -154,6 +154,14 @@ def test_what_needs_no_gradient_changes_no_other(name, fixed, short_segments):
     check(Inputs(name, "g", **SHAPES["split"]), fixed=(fixed,))
 
 
+@pytest.mark.parametrize("shape", ["grouped", "split"])
+def test_where_pairs_do_not_fit_walks_read_P_and_give_the_same_gradients(shape, short_segments, monkeypatch):
+    walked = []
+    monkeypatch.setattr(query_side, "fits", lambda K, V, dtype: walked.append(V))
+    check(Inputs("hla_q4", "g", **SHAPES[shape]))
+    assert walked
+
+
 def check(x: Inputs, **more):
     _, initial, _, _ = results(x, F64, "torch")
     initial = initial if not any(isinstance(y, tuple) for y in initial) else None

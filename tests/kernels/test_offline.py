@@ -81,7 +81,22 @@ TRAINING_MAY_SPILL = {
     (90, "training", 256, "bfloat16"): 0,
     (86, "training", 128, "bfloat16"): 0,
 }
-MAY = MAY_SPILL | STEP_MAY_SPILL | BLOCK_MAY_SPILL | READINGS_MAY_SPILL | TRAINING_MAY_SPILL
+# (capability, "rotary", D, dtype): rotary embeddings of q and k, forward and backward: likewise.
+ROTARY_MAY_SPILL = {
+    (90, "rotary", 64, "bfloat16"): 0,
+    (90, "rotary", 256, "float32"): 0,
+    (86, "rotary", 96, "bfloat16"): 0,
+    (80, "rotary", 128, "float16"): 0,
+}
+# (capability, "loss", vocabulary, dtype): the cross-entropy, with and without gradients: likewise.
+LOSS_MAY_SPILL = {
+    (90, "loss", 32000, "bfloat16"): 0,
+    (90, "loss", 50257, "float32"): 0,
+    (80, "loss", 32000, "float16"): 0,
+    (86, "loss", 257, "bfloat16"): 0,
+}
+MAY = MAY_SPILL | STEP_MAY_SPILL | BLOCK_MAY_SPILL | READINGS_MAY_SPILL | TRAINING_MAY_SPILL | ROTARY_MAY_SPILL
+MAY |= LOSS_MAY_SPILL
 PROCESSES = 2
 
 
@@ -172,9 +187,11 @@ def launches_of_readings(capability: int, _: str, D: int, dtype: str) -> list:
     """The launches of the kernels that only hla_q has, those of a split among them."""
     pretend(capability)
     launches = record_operator("hla_q", 1, 1024, 1, D, D, dtype, per_token=("ridge",))
-    own = [x for x in launches if x.kernel.__module__.startswith("hla.kernels.query_side")]
+    modules = ("hla.kernels.query_side", "hla.kernels.pairs")
+    own = [x for x in launches if x.kernel.__module__.startswith(modules)]
     assert any(x.kernel.is_gluon() for x in own) == ((capability, dtype) == (90, "bfloat16") and D in (64, 128))
-    return list({(x.kernel.__name__, x.arguments.get("LEAVE") is None): x for x in own}.values())
+    kinds = {(x.kernel.__name__, x.arguments.get("LEAVE") is None, x.arguments.get("REVERSE")): x for x in own}
+    return list(kinds.values())
 
 
 def launches_of_training(capability: int, _: str, D: int, dtype: str) -> list:
@@ -182,8 +199,9 @@ def launches_of_training(capability: int, _: str, D: int, dtype: str) -> list:
 
     from hla import HigherOrderLinearAttention
     from hla.kernels.moment import moments_of_keys
+    from hla.kernels.residual_norm import residual_norm
     from hla.kernels.shape_training import gated_norm, shaped, silu_product
-    from hla.layers import RMSNorm
+    from hla.norm import RMSNorm
     from tests.kernels.offline import record
 
     pretend(capability)
@@ -195,17 +213,49 @@ def launches_of_training(capability: int, _: str, D: int, dtype: str) -> list:
         o, gate = new(2, D), new(2 * D)
         S, P = moments_of_keys(k, v, new(2))
         out = gated_norm(RMSNorm(D, eps=1e-6), o, gate) * silu_product(gate, q.flatten(2))
-        (out.sum() + S.sum() + P.sum()).backward()
+        stream, normed = residual_norm(new(16 * D).float(), new(16 * D), torch.ones(16 * D), 1e-6, o.dtype)
+        (out.sum() + S.sum() + P.sum() + (stream * normed).sum()).backward()
 
     return record(everything)
 
 
+def launches_of_rotary(capability: int, _: str, D: int, dtype: str) -> list:
+    """One, as all lengths and batches, forward and backward, have the same code."""
+    import torch
+
+    from hla.kernels.rotary import rotated
+    from hla.rotary import rope_cos_sin
+    from tests.kernels.offline import record
+
+    def everything() -> None:
+        for B, T in ((2, 512), (1, 17), (3, 131), (5, 1), (1, 1)):
+            q, k, _ = torch.zeros(B, T, 8, D, dtype=getattr(torch, dtype), requires_grad=True).split([4, 2, 2], 2)
+            q, k = rotated(q, k, *rope_cos_sin(torch.arange(T)[None], D, 1e4, q.dtype))
+            (q.transpose(1, 2).pow(2).sum() + k.sum()).backward()
+
+    launches = record(everything)
+    assert len(launches) == 10 and len({compilation(launch) for launch in launches}) == 1
+    return launches[:1]
+
+
+def launches_of_loss(capability: int, _: str, V: int, dtype: str) -> list:
+    import torch
+
+    from hla.kernels.cross_entropy import cross_entropy_
+    from tests.kernels.offline import record
+
+    logits, targets = torch.zeros(2, V, dtype=getattr(torch, dtype)), torch.zeros(2, dtype=torch.int64)
+    return record(lambda: [cross_entropy_(logits, targets, torch.zeros(2), gradient) for gradient in (False, True)])
+
+
 def launches_of_row(row: tuple) -> list:
     for table, launches in (
+        (ROTARY_MAY_SPILL, launches_of_rotary),
         (READINGS_MAY_SPILL, launches_of_readings),
         (TRAINING_MAY_SPILL, launches_of_training),
         (STEP_MAY_SPILL, launches_of_step),
         (BLOCK_MAY_SPILL, launches_of_block),
+        (LOSS_MAY_SPILL, launches_of_loss),
     ):
         if row in table:
             return launches(*row)

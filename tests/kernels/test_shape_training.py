@@ -12,7 +12,7 @@ from tests.kernels.test_shape import CASES, new_layer
 from tests.ops.cases import assert_close
 
 pytest.importorskip("triton")
-from hla.kernels import shape_training
+from hla.kernels import shape, shape_training
 
 MORE = {
     "many taps": dict(conv_size=5, output_gate=False),
@@ -42,7 +42,7 @@ HOW = {name: ["plain"] for name in CASES} | {
 def test_kernels_equal_the_operations(case, how, monkeypatch):
     monkeypatch.setattr(shape_training, "STEPS", 2)  # several programs along the sequence
     monkeypatch.setattr(shape_training, "NUMBERS", 128)
-    monkeypatch.setattr(shape_training, "GRADIENT", (64, 1))
+    monkeypatch.setattr(shape_training, "GRADIENT", (64, 3, 3))
     layer = new_layer(CASES[case])
     B = 1 if how == "packed" else 2
     x, dy = torch.randn(B, 21, 40), torch.randn(B, 21, 40)
@@ -67,6 +67,50 @@ def test_kernels_equal_the_operations(case, how, monkeypatch):
             assert found[name] is None or not found[name].any()
         else:
             assert_close(found[name], y, 1e-3, name)  # (what hla_q does to float32)
+
+
+# Runs have 6 tokens here, programs 12.
+BORDERS = {
+    "few tokens": dict(T=5),
+    "a run less one": dict(T=11),
+    "whole programs": dict(T=12),
+    "one token more": dict(T=13),
+    "sequences end with runs": dict(T=26, ends=[0, 6, 12, 18, 24, 26]),
+    "sequences end beside runs": dict(T=26, ends=[0, 5, 6, 7, 11, 13, 17, 19, 26]),
+    "sequences over programs": dict(T=26, ends=[0, 1, 14, 15, 26]),
+    "pads end with runs": dict(T=26, pads=[0, 1, 2, 3, 4, 5, 12, 13, 14, 24]),
+    "pads beside runs": dict(T=26, pads=[5, 7, 10, 11, 13, 15, 23, 25]),
+}
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_at_borders_of_runs_and_programs(name, monkeypatch):
+    monkeypatch.setattr(shape, "PROGRAMS", 1)
+    monkeypatch.setattr(shape_training, "TILE", (32, 2, 6))
+    monkeypatch.setattr(shape_training, "GRADIENT", (32, 3, 6))
+    T, ends, pads = (BORDERS[name].get(n) for n in ("T", "ends", "pads"))
+    assert shape.runs_of(1, 26, 3, 16, (32, 3, 6)) == (2, 6, 3, 3)
+    torch.manual_seed(0)
+    layer = HigherOrderLinearAttention(10, 1)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    x, douts = torch.randn(1, T, 10), torch.randn(3, 1, T, 1, 10)
+    mask = None
+    if pads is not None:
+        mask = torch.ones(1, T, 1, dtype=torch.bool)
+        mask[:, pads] = False
+    cu = None if ends is None else torch.tensor(ends, dtype=torch.int32)
+
+    def results(layer: HigherOrderLinearAttention, dtype: torch.dtype) -> list[torch.Tensor]:
+        layer, leaf = layer.to(dtype), x.to(dtype).requires_grad_()
+        outputs = layer._project(leaf, mask, None, cu, None, False)[:3]
+        used = [leaf, layer.qkv_proj.weight, layer.conv_weight, layer.write_proj.weight]
+        return [*outputs, *torch.autograd.grad(outputs, used, list(douts.to(dtype)))]
+
+    truth = results(layer, torch.float64)
+    monkeypatch.setattr(HigherOrderLinearAttention, "_has_kernels", lambda *_: True)
+    for a, b in zip(results(layer, torch.float32), truth, strict=True):
+        assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize("case", ["default", "no gates", "many taps", "no conv"])

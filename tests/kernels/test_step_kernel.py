@@ -393,7 +393,7 @@ def test_only_steps_in_place_and_without_slots_ask_for_the_state_before_they_wai
         def __getitem__(self, grid):
             return lambda *_, **options: seen.append((options["PDL"], options.get("launch_pdl", False)))
 
-    monkeypatch.setattr(kernel, "_query_side_kernel", Recorder())
+    monkeypatch.setattr(kernel, "query_side_kernel", Recorder())
     call = make("hla_q")
     state, index = some_state(call), torch.tensor([1, 0], device=DEVICE)
     with kernel.overlapping():
@@ -404,3 +404,19 @@ def test_only_steps_in_place_and_without_slots_ask_for_the_state_before_they_wai
             kernel.fused_step(call, state, state)
     kernel.fused_step(call, state, state)
     assert seen == [(True, True), *[(False, False)] * 4]
+
+
+@pytest.mark.parametrize("B", [1, 300])
+@pytest.mark.parametrize("K,V", [(16, 16), (16, 128), (48, 80), (80, 48), (128, 16), (128, 128), (96, 256)])
+def test_head_sizes_have_a_number_of_warps_that_there_is(B, K, V, monkeypatch):
+    warps = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *_, **options: warps.append(options["num_warps"])
+
+    monkeypatch.setattr(kernel, "query_side_kernel", Recorder())
+    monkeypatch.setattr(kernel, "step_kernel", Recorder())
+    for op in ("hla_q", "hla2", "linear_attn"):
+        kernel.fused_step(make(op, B=B, K=K, V=V), None)
+    assert all(n in (1, 2, 4, 8, 16) for n in warps) and len(warps) == 3

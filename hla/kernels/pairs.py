@@ -1,0 +1,270 @@
+"""The gradient of gated linear attention, chunk by chunk: what passes through memory are the states between chunks.
+
+For ``o_i = factor sum_{j<=i} E_ij (x_i . k_j) v_j`` (E the decayed causal mask) a program has one chunk, the state P
+that enters it from earlier tokens, and its adjoint N that enters from later ones (`entering`). In units of factor,
+
+    M_ij = (x_i . k_j) E_ij (do_i . v_j),     A = E (x k^T),  B = E (do v^T),
+    dx = B k + read do P^T,   dk = B^T x + write v N^T,   dv = A^T do + write k N,
+
+with ``read_i`` the decay from the start of the chunk to i, ``write_j`` that from j to its end. A decay g_t acts on the
+pairs of a writing token before t and a reading one from t on. Its gradient is the sum over these pairs, of four kinds:
+
+    dg_t = sum_{i>=t>j} M_ij  +  sum_{i>=t} x_i . (read do P^T)_i  +  sum_{j<t} k_j . (write v N^T)_j  +  rho <P, N>.
+
+Nothing large is subtracted here, unlike in the difference of all ``x . dx`` and ``k . dk`` to the end of the sequence
+(`linear_attn`, EXACT), so rounded operands do no harm. (The first kind is that difference inside a chunk, of rows and
+columns of the same numbers.)
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hla.kernels.configs import block
+from hla.kernels.launch import INTERPRETED, launch
+from hla.kernels.linear_attn import accumulate, operand
+from hla.kernels.query_side_kernels import _decays, _first_chunk, _segment
+from hla.kernels.segments import Cut
+
+LARGEST = 128
+COLUMNS = 64  # of a state that a program of `walk_states` owns
+
+
+def fits(K: int, V: int, dtype: torch.dtype) -> bool:
+    """Whether `gradients` takes heads of these sizes. (Wider operands need more memory on the chip than there is.)"""
+    return max(K, V) <= LARGEST and (dtype == torch.bfloat16 or INTERPRETED)
+
+
+@triton.jit(do_not_specialize=["length", "segment", "per_sequence", "chunks_per_sequence", "heads", "ga", "gb", "gg"])
+def walk_states(
+    A, B, G, ENTER, STATES, TRACES, LEAVE, SLOTS, CHUNKS, FIRST,
+    length, segment, per_sequence, chunks_per_sequence, heads, ga, gb, gg,
+    a_b, a_t, a_h, b_b, b_t, b_h, e_n, e_h, e_k, e_v,
+    DA: tl.constexpr, DB: tl.constexpr, C: tl.constexpr, BA: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
+    REVERSE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BV columns of the state ``sum a_t b_t^T`` that enters each chunk of a segment to STATES, and with TRACES (a is b)
+    their part of its trace. Walked from the first token, or in reverse from the last. The last state goes to LEAVE.
+    """
+    blocks: tl.constexpr = (DB + BV - 1) // BV
+    block = tl.program_id(0) % blocks
+    h = (tl.program_id(0) // blocks) % heads
+    slot = tl.program_id(0) // (blocks * heads)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
+    if sequence < 0:
+        return
+    rows = tl.arange(0, C)
+    ca = tl.arange(0, BA)
+    cb = block * BV + tl.arange(0, BV)
+    inside = (ca < DA)[:, None] & (cb < DB)[None, :]
+    state = tl.zeros([BA, BV], tl.float32)
+    if ENTER is not None:
+        pe = ENTER + tl.cast(slot if SPLIT else sequence, tl.int64) * e_n + h * e_h
+        state = tl.load(pe + ca[:, None] * e_k + cb[None, :] * e_v, mask=inside, other=0.0).to(tl.float32)
+    if TRACES is not None:
+        trace = tl.sum(tl.sum(tl.where(ca[:, None] == cb[None, :], state, 0.0), 0), 0)
+    chunk = _first_chunk(CHUNKS, FIRST, sequence, start, chunks_per_sequence, C)
+    if SLOTS is None:
+        at_end = start == 0 if REVERSE else start + segment >= length
+    else:
+        at_end = (tl.load(SLOTS + slot * 4 + 3) & (1 if REVERSE else 2)) != 0
+    A += batch * a_b + tl.cast(h // ga, tl.int64) * a_h
+    B += batch * b_b + tl.cast(h // gb, tl.int64) * b_h
+    chunks = tl.cdiv(stop - start, C)
+    for step in range(0, chunks):
+        i = chunks - 1 - step if REVERSE else step
+        t = start + i * C
+        live = t + rows < stop
+        row = tl.cast(t, tl.int64)
+        pa = A + row * a_t + rows[:, None] * a_t + ca[None, :]
+        pb = B + row * b_t + rows[:, None] * b_t + cb[None, :]
+        a = tl.load(pa, mask=live[:, None] & (ca < DA)[None, :], other=0.0).to(OPERAND)
+        b = tl.load(pb, mask=live[:, None] & (cb < DB)[None, :], other=0.0).to(tl.float32)
+        at = tl.cast(chunk + i, tl.int64) * heads + h
+        tl.store(
+            STATES + at * (DA * DB) + ca[:, None] * DB + cb[None, :], state.to(STATES.dtype.element_ty), mask=inside
+        )
+        if TRACES is not None:
+            tl.store(TRACES + at * blocks + block, trace)
+        if GATED:
+            c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
+            weight = tl.exp2(c if REVERSE else total - c)
+            rho = tl.exp2(total)
+            if TRACES is not None:
+                trace = trace * rho + tl.sum(tl.sum(b * b, 1) * weight, 0)
+            state *= rho
+            b *= weight[:, None]
+        elif TRACES is not None:
+            trace += tl.sum(tl.sum(b * b, 1), 0)
+        state = tl.dot(tl.trans(a), b.to(OPERAND), state, input_precision=PRECISION)
+    if LEAVE is not None:
+        if at_end:
+            p = LEAVE + (tl.cast(sequence, tl.int64) * heads + h) * (DA * DB) + ca[:, None] * DB + cb[None, :]
+            tl.store(p, state, mask=inside)
+
+
+class Entering(NamedTuple):
+    """The state that enters each chunk ``[chunks, H, K, V]``; parts of its trace ``[chunks, H, blocks]``, or None; the
+    state after all tokens ``[N, H, K, V]`` float32, or None."""
+
+    states: Tensor
+    traces: Tensor | None
+    final: Tensor | None
+
+
+def entering(
+    a: Tensor, b: Tensor, g: Tensor | None, segments: Cut, chunks: Cut, *, heads: int, initial: Tensor | None,
+    final: bool, dtype: torch.dtype, reverse: bool = False, traces: bool = False, stages: int = 3,
+) -> Entering:  # fmt: skip
+    """States ``sum_j decay a_j b_j^T`` over earlier tokens, or in reverse over later ones, at the borders of chunks.
+
+    Args:
+        a: ``[B, T, Ha, K]``; b: ``[B, T, Hb, V]``; last dimension contiguous; Ha, Hb and the heads of g divide heads.
+        initial: ``[N, H, K, V]``, what enters the sequences (in reverse from behind), any strides.
+        dtype: of the states in memory. traces: of the states, where a is b.
+    """
+    (T, _, K), V, (kind, precision) = a.shape[1:], b.shape[3], operand(a, b)
+    entered, columns = initial, min(COLUMNS, block(V))
+    if segments.split:
+        entered = accumulate(a, b, g, segments, heads=heads, initial=initial, reverse=reverse)
+    blocks = -(-V // columns)
+    found = Entering(
+        torch.empty(chunks.slots, heads, K, V, dtype=dtype, device=a.device),
+        torch.empty(chunks.slots, heads, blocks, dtype=torch.float32, device=a.device) if traces else None,
+        torch.empty(segments.sequences, heads, K, V, dtype=torch.float32, device=a.device) if final else None,
+    )
+    if a.numel():
+        launch(
+            walk_states, segments.slots * heads * blocks,
+            a, b, g, entered, *found, segments.table, chunks.table, chunks.first,
+            T, segments.segment, segments.per_sequence, chunks.per_sequence,
+            heads, heads // a.shape[2], heads // b.shape[2], 1 if g is None else heads // g.shape[2],
+            *a.stride()[:3], *b.stride()[:3], *((0, 0, 0, 0) if entered is None else entered.stride()),
+            DA=K, DB=V, C=chunks.segment, BA=block(K), BV=columns, GATED=g is not None, REVERSE=reverse,
+            SPLIT=segments.split, OPERAND=kind, PRECISION=precision, warps=4, stages=stages,
+        )  # fmt: skip
+    elif found.final is not None:
+        found.final.zero_() if initial is None else found.final.copy_(initial)
+    return found
+
+
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg"])
+def pair_gradients(
+    X, K, V, DO, G, STATES, LATER, DX, DK, DV, DG, SLOTS,
+    length, per_sequence, heads, group, gg, k_b, k_t, k_h, v_b, v_t, v_h, factor,
+    DIM_K: tl.constexpr, DIM_V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one chunk and one head of x; see above. STATES has P per head of k, LATER N per head of x."""
+    h = tl.program_id(0) % heads
+    slot = tl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    hk = h // group
+    rows = tl.arange(0, C)
+    ck = tl.arange(0, BK)
+    cv = tl.arange(0, BV)
+    live = start + rows < stop
+    row = tl.cast(start, tl.int64)
+    in_k = live[:, None] if DIM_K == BK else live[:, None] & (ck < DIM_K)[None, :]
+    in_v = live[:, None] if DIM_V == BV else live[:, None] & (cv < DIM_V)[None, :]
+    first = (batch * length + row) * heads + h
+    at_k = first * DIM_K + (rows[:, None] * (heads * DIM_K) + ck[None, :])
+    at_v = first * DIM_V + (rows[:, None] * (heads * DIM_V) + cv[None, :])
+    token = first + rows * heads
+    pk = K + batch * k_b + tl.cast(hk, tl.int64) * k_h + row * k_t + (rows[:, None] * k_t + ck[None, :])
+    pv = V + batch * v_b + tl.cast(hk, tl.int64) * v_h + row * v_t + (rows[:, None] * v_t + cv[None, :])
+    x = tl.load(X + at_k, mask=in_k, other=0.0).to(OPERAND)
+    k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
+    do = tl.load(DO + at_v, mask=in_v, other=0.0).to(OPERAND)
+    v = tl.load(pv, mask=in_v, other=0.0).to(OPERAND)
+    A = tl.dot(x, tl.trans(k), input_precision=PRECISION)
+    B = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+    mask = rows[:, None] >= rows[None, :]
+    if GATED:
+        g_heads = heads // group // gg
+        c, total = _decays(G, batch * length + row + rows, live, g_heads, hk // gg)
+        E = tl.where(mask, tl.exp2(c[:, None] - c[None, :]), 0.0)
+        B *= E
+        pairs = tl.where(rows[:, None] > rows[None, :], A * B, 0.0)
+        later = tl.sum(pairs, 1) - tl.sum(pairs, 0)
+        A *= E
+    else:
+        A = tl.where(mask, A, 0.0)
+        B = tl.where(mask, B, 0.0)
+    A = A.to(OPERAND)
+    B = B.to(OPERAND)
+
+    STATES += (tl.cast(slot, tl.int64) * (heads // group) + hk) * (DIM_K * DIM_V)
+    LATER += (tl.cast(slot, tl.int64) * heads + h) * (DIM_K * DIM_V)
+    at = ck[:, None] * DIM_V + cv[None, :]
+    whole: tl.constexpr = DIM_K == BK and DIM_V == BV
+    in_state = (ck < DIM_K)[:, None] & (cv < DIM_V)[None, :]
+    P = (tl.load(STATES + at) if whole else tl.load(STATES + at, mask=in_state, other=0.0)).to(OPERAND)
+    acc = tl.dot(do, tl.trans(P), input_precision=PRECISION)
+    if GATED:
+        acc *= tl.exp2(c)[:, None]
+        later += tl.sum(acc * x.to(tl.float32), 1)
+    acc = tl.dot(B, k, acc, input_precision=PRECISION)
+    tl.store(DX + at_k, (acc * factor).to(DX.dtype.element_ty), mask=in_k)
+
+    N = (tl.load(LATER + at) if whole else tl.load(LATER + at, mask=in_state, other=0.0)).to(OPERAND)
+    acc = tl.dot(v, tl.trans(N), input_precision=PRECISION)
+    if GATED:
+        acc *= tl.exp2(total - c)[:, None]
+        earlier = tl.sum(acc * k.to(tl.float32), 1)
+    acc = tl.dot(tl.trans(B), x, acc, input_precision=PRECISION)
+    tl.store(DK + at_k, (acc * factor).to(DK.dtype.element_ty), mask=in_k)
+
+    acc = tl.dot(k, N, input_precision=PRECISION)
+    if GATED:
+        acc *= tl.exp2(total - c)[:, None]
+    acc = tl.dot(tl.trans(A), do, acc, input_precision=PRECISION)
+    tl.store(DV + at_v, (acc * factor).to(DV.dtype.element_ty), mask=in_v)
+
+    if GATED:
+        if DG is not None:
+            across = 0.0
+            some = tl.arange(0, 16)
+            for i in range(0, BK, 16):  # (both whole would take too many registers)
+                part = (i + some)[:, None] * DIM_V + cv[None, :]
+                inside = (i + some < DIM_K)[:, None] & (cv < DIM_V)[None, :]
+                p = tl.load(STATES + part, mask=inside, other=0.0).to(tl.float32)
+                across += tl.sum(tl.sum(p * tl.load(LATER + part, mask=inside, other=0.0).to(tl.float32), 1), 0)
+            dg = across * tl.exp2(total) + tl.sum(later, 0) - tl.cumsum(later, 0) + later  # from t on,
+            dg += tl.cumsum(earlier, 0) - earlier  # and before t
+            tl.store(DG + token, dg * factor, mask=live)
+
+
+def gradients(
+    x: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor | None, states: Tensor, later: Tensor, chunks: Cut,
+    *, factor: float, dx_dtype: torch.dtype, warps: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dx, dk, dv per head of x, and dg per head of x in float32, or None without g).
+
+    Args:
+        x: ``[B, T, HQ, K]``; do: ``[B, T, HQ, V]``; contiguous. k: ``[B, T, HKV, K]``; v: ``[B, T, HKV, V]``; last
+            dimension contiguous. g: ``[B, T, Hg]`` contiguous, Hg divides HKV.
+        states: of k and v over earlier tokens, `entering` every chunk. later: of x and do over later ones.
+    """
+    (B, T, heads, K), (HKV, V) = x.shape, v.shape[2:]
+    new = lambda *shape, dtype: torch.empty(B, T, heads, *shape, dtype=dtype, device=x.device)  # noqa: E731
+    dx, dk, dv = new(K, dtype=dx_dtype), new(K, dtype=k.dtype), new(V, dtype=v.dtype)
+    dg = None if g is None else new(dtype=torch.float32)
+    kind, precision = operand(x, k, v)
+    if x.numel():
+        launch(
+            pair_gradients, chunks.slots * heads,
+            x, k, v, do, g, states, later, dx, dk, dv, dg, chunks.table,
+            T, chunks.per_sequence, heads, heads // HKV, 1 if g is None else HKV // g.shape[2],
+            *k.stride()[:3], *v.stride()[:3], float(factor),
+            DIM_K=K, DIM_V=V, C=chunks.segment, BK=block(K), BV=block(V), GATED=g is not None, OPERAND=kind,
+            PRECISION=precision, warps=warps, stages=1,
+        )  # fmt: skip
+    return dx, dk, dv, dg

@@ -1,0 +1,114 @@
+"""The norm kernel equals the operations it replaces, alone, with a branch, and inside a block; so do all gradients."""
+
+import copy
+
+import pytest
+import torch
+
+from hla import HLAConfig
+from hla.models.modeling_hla import HLABlock
+from hla.norm import RMSNorm
+from tests.ops.cases import assert_close
+
+pytest.importorskip("triton")
+from hla.kernels import residual_norm as kernels
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    monkeypatch.setattr(kernels, "NUMBERS", 128)
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    monkeypatch.setattr(kernels, "STEPS", 3)
+
+
+def plain(x, branch, weight, eps):
+    s = x if branch is None else x + branch
+    return s, s * torch.rsqrt(s.square().mean(-1, keepdim=True) + eps) * weight
+
+
+@pytest.mark.parametrize("read", ["both", "s", "y"])
+@pytest.mark.parametrize("branch", [None, torch.float32, torch.float16])
+@pytest.mark.parametrize("rows,D", [(1, 64), (37, 48), (64, 17)])
+def test_values_and_gradients(rows, D, branch, read):
+    torch.manual_seed(rows + D)
+    x, weight = torch.randn(1, rows, D), torch.rand(D) + 0.5
+    b = None if branch is None else torch.randn(1, rows, D).to(branch)
+    given = [t.requires_grad_() for t in (x, b, weight) if t is not None]
+    exact = [t.detach().double().requires_grad_() for t in given]
+    results = kernels.residual_norm(x, b, weight, 1e-3, torch.float32)
+    expected = plain(exact[0], None if b is None else exact[1], exact[-1], 1e-3)
+    chosen = {"both": (0, 1), "s": (0,), "y": (1,)}[read]
+    up = [torch.randn(1, rows, D) for _ in chosen]
+    used = given if 1 in chosen else given[:-1]
+    found = torch.autograd.grad([results[i] for i in chosen], used, up)
+    truth = torch.autograd.grad([expected[i] for i in chosen], exact[: len(used)], [u.double() for u in up])
+    for name, y, z in zip("sy", results, expected, strict=True):
+        assert_close(y, z, 1e-6, name)
+    for y, z, t in zip(found, truth, used, strict=True):
+        assert y.dtype == t.dtype
+        assert_close(y, z, 1e-3 if t.dtype == torch.float16 else 1e-5, f"gradient of {list(t.shape)}")
+
+
+def test_dtypes_are_those_of_the_operations():
+    x, half = torch.randn(3, 32), torch.randn(3, 32, dtype=torch.float16)
+    weight = torch.ones(32)
+    assert [t.dtype for t in kernels.residual_norm(x, half, weight, 1e-6, torch.bfloat16)] == [x.dtype, torch.bfloat16]
+    assert [t.dtype for t in kernels.residual_norm(half, half, weight, 1e-6, half.dtype)] == [half.dtype] * 2
+    s, y = kernels.residual_norm(half, half, weight, 1e-6, torch.float32)
+    assert torch.equal(s, half + half)
+    assert_close(y, plain(s.double(), None, weight, 1e-6)[1], 1e-6, "the norm of the rounded sum")
+
+
+def test_one_gradient_for_two_summands_of_one_dtype():
+    x, b = (torch.randn(5, 32, requires_grad=True) for _ in range(2))
+    s, y = kernels.residual_norm(x, b, torch.ones(32), 1e-6, torch.float32)
+    (s * y).sum().backward()
+    assert torch.equal(x.grad, b.grad)
+    assert x.grad.data_ptr() != b.grad.data_ptr()
+
+
+def test_no_double_backward():
+    x = torch.randn(2, 32, requires_grad=True)
+    y = kernels.residual_norm(x, None, torch.ones(32), 1e-6, torch.float32)[1]
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("layer", ["linear_attention", "full_attention"])
+def test_a_block_is_the_same_block(layer, monkeypatch):
+    torch.manual_seed(0)
+    config = HLAConfig(
+        vocab_size=50, hidden_size=48, num_hidden_layers=1, num_attention_heads=3, layer_types=[layer]
+    )  # fmt: skip
+    block = HLABlock(config, 0)
+    with torch.no_grad():
+        for p in block.parameters():
+            p += 0.1 * torch.randn_like(p)
+    x, dy = torch.randn(2, 19, 48), torch.randn(2, 19, 48)
+    cos_sin = (torch.ones(1, 19, 1, 8), torch.zeros(1, 19, 1, 8))
+
+    def results(block):
+        found = x.to(next(block.parameters()).dtype).requires_grad_()
+        y = block(found, cos_sin=tuple(t.to(found.dtype) for t in cos_sin))
+        used = dict(block.named_parameters())
+        return dict(
+            zip(["y", "x", *used], [y, *torch.autograd.grad(y, [found, *used.values()], dy.to(y.dtype))], strict=True)
+        )
+
+    truth = results(copy.deepcopy(block).double())
+    calls = []
+    monkeypatch.setattr(kernels, "launch", lambda *a, f=kernels.launch, **k: (calls.append(a[0]), f(*a, **k)))
+    monkeypatch.setattr(RMSNorm, "_in_kernel", lambda *_: True)
+    found = results(block)
+    assert calls.count(kernels._add_norm) >= 2 and calls.count(kernels._add_norm_gradient) >= 2
+    for name in truth:
+        assert_close(found[name], truth[name], 2e-5, name)
+
+
+def test_hooks_of_a_norm_still_run(monkeypatch):
+    monkeypatch.setattr(RMSNorm, "_in_kernel", lambda *_: True)
+    norm, seen = RMSNorm(32, eps=1e-6), []
+    norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    x = torch.randn(2, 32)
+    s, y = norm.residual(x, x)
+    assert seen[0] is y and torch.equal(s, x + x)
