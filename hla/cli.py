@@ -204,7 +204,8 @@ def train_command(
         bool | None,
         typer.Option(
             "--cuda-graphs/--no-cuda-graphs",
-            help="Replay forward and backward passes as CUDA graphs (default: on one GPU, without --compile).",
+            help="Replay forward and backward passes as CUDA graphs (default: where a GPU has the whole model, without "
+            "--compile).",
             rich_help_panel="Scale",
         ),
     ] = DEFAULT.cuda_graphs,
@@ -228,6 +229,15 @@ def train_command(
     tp: Annotated[
         int, typer.Option(help="Under torchrun: ranks that share the heads of each layer.", rich_help_panel="Scale")
     ] = DEFAULT.tp,
+    shard: Annotated[
+        bool | None,
+        typer.Option(
+            "--shard/--no-shard",
+            help="Ranks of --dp share weights, gradients and moments, or each has all of them (default: the latter on "
+            "GPUs where they are small, which is faster).",
+            rich_help_panel="Scale",
+        ),
+    ] = DEFAULT.shard,
 ) -> None:
     """Train a model on text and save it as a Hugging Face model folder. Ctrl-C saves and ends."""
     from hla.distributed.world import before_meeting

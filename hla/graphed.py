@@ -173,21 +173,23 @@ class GraphedTraining:
     documents on the host; such batches run eagerly.
 
     Args:
-        model: an `HLAForCausalLM` in training mode, in one process.
+        model: an `HLAForCausalLM` in training mode, all of it in this process.
         dtype: bfloat16 means autocast.
+        captures: False means eager on GPUs, too.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, captures: bool = True) -> None:
         def loss(total: int, targets: Tensor, **inputs: Tensor) -> Tensor:
             return mean_loss(model, inputs, targets, total, dtype)
 
         self.graphed = Graphed(loss, model.parameters())
         self._waits = "full_attention" in model.config.layer_types
+        self._captures = captures
 
     def __call__(self, inputs: Mapping[str, Tensor], targets: Tensor, total: int) -> Tensor:
         """The loss; see `mean_loss` for the arguments and `Graphed` for errors."""
         borders = inputs.get("cu_seq_lens_q")
-        if borders is not None and self._waits:
+        if not self._captures or (borders is not None and self._waits):
             return self.graphed.eager(total=total, targets=targets, **inputs)
         if borders is not None and self.graphed.pool is not None:
             inputs = {**inputs, "cu_seq_lens_q": with_empty_documents(borders, targets.numel())}

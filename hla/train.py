@@ -204,9 +204,13 @@ def _train(
         raise world.common(HLAError("the ranks have read different training data"))
     model = world.together(lambda: build_model(config, prepared.tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    shares = world.size > 1 and config.shares(mesh, device.type, parameters, int(world.same(memory)))
     where, precision = str(device), "bfloat16 autocast" if half else "float32"
     if world.size > 1:
-        where = f"{world.size} ranks on {device.type} (dp, sp, tp: {mesh[0]}, {mesh[1]}, {mesh[2]})"
+        kept = f"{mesh[0]}, {mesh[1]}, {mesh[2]}" if shares else f"{mesh[0]}; each has the whole model"
+        where = f"{world.size} ranks on {device.type} (dp{', sp, tp' if shares else ''}: {kept})"
+    if shares:
         precision = "bfloat16" if half else "float32"
     for line in (
         prepared.description,
@@ -215,10 +219,14 @@ def _train(
     ):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     spread = None
-    if world.size > 1:
+    if shares:
         from hla.distributed.training import Spread
 
         spread = world.together(lambda: Spread(model, mesh, world, device, dtype, config))
+    elif world.size > 1:
+        from hla.distributed.replicas import Replicas
+
+        spread = world.together(lambda: Replicas(model, world, device, dtype, config))
     else:
         torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
         if config.recompute:
@@ -509,8 +517,7 @@ class _Run:
         if self.spread is None:
             tensors = run_tensors(self.model, self.optimizer)
         else:
-            self.spread.resharding.ready()
-            tensors = self.spread.resharding.dealt(run_tensors(self.model, self.optimizer))
+            tensors = self.spread.tensors(self.optimizer)
         save_checkpoint(self.folder, self.step, tensors, state, self.config.keep, self.world)
         self.checkpoint_at = self.step
 

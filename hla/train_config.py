@@ -23,7 +23,7 @@ from hla.errors import HLAError
 
 RUN_FILE = "train.toml"  # in the folder of a run: its settings, from which --resume goes on
 # About how a run is started, not about the run: no part of the file. It goes on with any number of processes.
-START_ONLY = ("overwrite", "resume", "dp", "sp", "tp")
+START_ONLY = ("overwrite", "resume", "dp", "sp", "tp", "shard")
 # May not differ when a run goes on: its weights, its optimizer or its place in the data would mean something else.
 FIXED = (
     "data", "weights", "size", "attention", "model", "tokenizer", "vocab_size", "context", "batch_size", "accumulate",
@@ -62,7 +62,7 @@ class TrainConfig:
     telemetry_every: int = 100  # steps
     recompute: bool = False  # activations in the backward pass, layer by layer, instead of keeping them
     compile: bool = False  # with torch.compile
-    # Micro-batches as CUDA graphs, on one GPU; None: there and without compile. The numbers are the same either way.
+    # Micro-batches as CUDA graphs, where a GPU has the whole model; None: there, without compile. Numbers are the same.
     cuda_graphs: bool | None = None
     seed: int = 0
     device: str = "auto"
@@ -70,6 +70,8 @@ class TrainConfig:
     dp: int | None = None  # under torchrun: ranks that share the rows of a batch; None: all that sp and tp leave
     sp: int = 1  # ... that share each sequence
     tp: int = 1  # ... that share the heads of each layer
+    # Whether ranks of dp share weights, gradients and moments (FSDP) or have all of them; None: see `shares`.
+    shard: bool | None = None
 
     def __post_init__(self) -> None:
         if self.steps is None and self.minutes is None:
@@ -106,6 +108,15 @@ class TrainConfig:
         wanted = not self.compile and os.environ.get("HLA_CHECK") != "1"
         return device == "cuda" and (wanted if self.cuda_graphs is None else self.cuda_graphs)
 
+    def shares(self, mesh: tuple[int, int, int], device: str, parameters: int, memory: int) -> bool:
+        """Whether the weights, gradients and moments of a model are shared out over the ranks of dp.
+
+        So it is without CUDA graphs, or where they would take more than a quarter of a device's memory (in bytes).
+        """
+        if self.shard is not None:
+            return self.shard
+        return mesh[1:] != (1, 1) or not self.captures(device) or 16 * parameters > memory // 4
+
     def mesh(self, ranks: int) -> tuple[int, int, int]:
         """The sizes of dp, sp and tp for so many processes.
 
@@ -123,9 +134,11 @@ class TrainConfig:
         _check(
             self.context % self.sp == 0, f"context must be divisible by sp: {self.context} tokens for {self.sp} ranks"
         )
+        whole = ranks == 1 or (self.sp == self.tp == 1 and not self.shard)
+        _check(whole or not self.cuda_graphs, "cuda_graphs needs the whole model on each GPU: no sp, no tp, no --shard")
         _check(
-            ranks == 1 or not self.cuda_graphs,
-            f"cuda_graphs is for one process, and torchrun has started {ranks}: use --no-cuda-graphs",
+            ranks == 1 or self.shard is not False or (self.sp == self.tp == 1 and not self.compile),
+            "with --no-shard every rank has the whole model: that goes with dp alone, and without --compile",
         )
         _check(ranks == 1 or "-" not in self.data, "standard input cannot be read by several processes: use a file")
         return dp, self.sp, self.tp

@@ -81,9 +81,12 @@ def restore(
     wanted = {f"model.{name}": tensor.detach() for name, tensor in _weights(model).items()}
     for name, parameter in model.named_parameters():
         prefix = f"optimizer.{name}."
+        # Moments lie where and how the parameter does; counters are numbers on the CPU, but for the fused optimizer.
+        counter = parameter.device if optimizer.defaults.get("fused") else torch.device("cpu")
         state = {
-            # Moments lie where and how the parameter does; counters are numbers on the CPU.
-            key.removeprefix(prefix): torch.zeros_like(parameter) if shape == whole(key, parameter) else _zeros(shape)
+            key.removeprefix(prefix): torch.zeros_like(parameter)
+            if shape == whole(key, parameter)
+            else _zeros(shape).to(counter)
             for key, shape in shapes.items()
             if key.startswith(prefix)
         }

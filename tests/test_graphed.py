@@ -168,12 +168,12 @@ def test_when_graphs_are_used(monkeypatch):
         TrainConfig(compile=True, cuda_graphs=True)
 
 
-def test_several_ranks_have_none_and_refuse_them():
-    for setting in (None, False):
+def test_several_ranks_have_them_where_each_has_the_whole_model():
+    for setting in (None, False, True):
         assert TrainConfig(cuda_graphs=setting).mesh(2) == (2, 1, 1)
-    assert TrainConfig(cuda_graphs=True).mesh(1) == (1, 1, 1)
-    with pytest.raises(HLAError, match="cuda_graphs is for one process, .* started 2: use --no-cuda-graphs"):
-        TrainConfig(cuda_graphs=True).mesh(2)
+    for settings in ({"sp": 2}, {"tp": 2}, {"shard": True}):
+        with pytest.raises(HLAError, match="cuda_graphs needs the whole model on each GPU: no sp, no tp, no --shard"):
+            TrainConfig(cuda_graphs=True, **settings).mesh(2)
 
 
 @pytest.mark.parametrize("setting", [None, True, False])

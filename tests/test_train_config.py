@@ -35,7 +35,7 @@ def test_what_is_written_is_read_back(data, lr, minutes, model, tmp_path_factory
 
 
 def test_every_setting_but_how_to_start_is_saved():
-    names = {f.name for f in dataclasses.fields(TrainConfig)} - {"overwrite", "resume", "dp", "sp", "tp"}
+    names = {f.name for f in dataclasses.fields(TrainConfig)} - {"overwrite", "resume", "dp", "sp", "tp", "shard"}
     shown = config_text(TrainConfig(minutes=1.0, steps=1, cuda_graphs=True, model={"op": "ahla"}))
     assert {line.split(" = ")[0] for line in shown.splitlines() if " = " in line} - {"op"} == names - {"model"}
     assert "[model]" in shown

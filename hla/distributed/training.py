@@ -29,6 +29,7 @@ from hla.loss import summed_cross_entropy
 from hla.models import HLAForCausalLM
 from hla.telemetry import largest_values
 from hla.train_config import TrainConfig
+from hla.training_state import run_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,7 +57,7 @@ class Spread:
         dtype: torch.dtype,
         config: TrainConfig,
     ) -> None:
-        self.world, self.device = world, device
+        self.world, self.device, self.dtype = world, device, torch.float32  # no autocast: the model has its dtypes
         devices = init_device_mesh(device.type, mesh, mesh_dim_names=("dp", "sp", "tp"))
         half = dtype == torch.bfloat16
         try:
@@ -73,7 +74,7 @@ class Spread:
         self.replicas, self.pieces, self.heads = mesh
         self.replica = devices["dp"].get_local_rank()
         self.sequence = self.model.sequence_parallel
-        self.resharding = Resharding(self.model)
+        self.resharding: Resharding | None = Resharding(self.model)
         # The root has embedding and head, which FSDP makes whole around calls of the model: this must be one.
         setattr(self.model, "summed_loss", types.MethodType(_summed_loss, self.model))  # noqa: B010
         register_fsdp_forward_method(self.model, "summed_loss")
@@ -190,10 +191,17 @@ class Spread:
     def measure(self, rows: Sequence[Row]) -> dict[str, float]:
         """As `hla.telemetry.measure`, over all parts of a micro-batch."""
         inputs, _ = self.cut(pack_rows(self.share(rows)[0]))
-        found = largest_values(self.model, inputs, torch.float32)  # no autocast: the model has its dtypes
+        found = largest_values(self.model, inputs, self.dtype)
         values = torch.stack(list(found.values())).nan_to_num(nan=math.inf, posinf=math.inf)
         dist.all_reduce(values, dist.ReduceOp.MAX)
         return dict(zip(found, values.tolist(), strict=True))
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        """What this rank writes into a checkpoint."""
+        if self.resharding is None:
+            return run_tensors(self.model, optimizer)
+        self.resharding.ready()
+        return self.resharding.dealt(run_tensors(self.model, optimizer))
 
     def whole(self) -> PreTrainedModel | None:
         """The model as one process has it, on the CPU, on the first rank; None on the others."""

@@ -92,16 +92,6 @@ def _in_S(rows, wide, K: tl.constexpr, PACKED: tl.constexpr, MIRRORED: tl.conste
         return r * K + c, exists, exists
 
 
-@triton.jit
-def _of_head(pointer, row, kv, size: tl.constexpr):
-    """The part of a row of a state that is a head's. (Apart from where in it something lies, so that this is a constant
-    and a register to the compiler, and not two registers for every address.)"""
-    if pointer is None:
-        return None
-    else:
-        return pointer + row + kv * size
-
-
 @triton.jit(do_not_specialize=VARYING)
 def step_kernel(
     q, k, v, p, g, gain, ridge, value_gain, value_ridge, slots, o,
@@ -131,10 +121,14 @@ def step_kernel(
 
     TILES: tl.constexpr = (K + 15) // 16
     S_SIZE: tl.constexpr = TILES * (TILES + 1) // 2 * 256 if PACKED else K * K
-    S_old = _of_head(S_old, slot * S_old_b, kv, S_SIZE)
-    S_new = _of_head(S_new, slot * S_new_b, kv, S_SIZE)
-    P_old = _of_head(P_old, slot * P_old_b, kv, K * V)
-    P_new = _of_head(P_new, slot * P_new_b, kv, K * V)
+    if S_old is not None:
+        S_old += slot * S_old_b + kv * S_SIZE
+    if S_new is not None:
+        S_new += slot * S_new_b + kv * S_SIZE
+    if P_old is not None:
+        P_old += slot * P_old_b + kv * K * V
+    if P_new is not None:
+        P_new += slot * P_new_b + kv * K * V
     cols = split * BV + tl.arange(0, BV)  # of v
     in_v = cols < V
     wide = tl.arange(0, BK)  # columns of S
@@ -331,10 +325,11 @@ def query_side_kernel(
 
     TILES: tl.constexpr = (K + 15) // 16
     S_SIZE: tl.constexpr = TILES * (TILES + 1) // 2 * 256 if PACKED else K * K
-    S_old = _of_head(S_old, slot * S_old_b, kv, S_SIZE)
-    S_new = _of_head(S_new, slot * S_new_b, kv, S_SIZE)
-    P_old = _of_head(P_old, slot * P_old_b, kv, K * V)
-    P_new = _of_head(P_new, slot * P_new_b, kv, K * V)
+    if S_old is not None:
+        S_old += slot * S_old_b + kv * S_SIZE
+        P_old += slot * P_old_b + kv * K * V
+    S_new += slot * S_new_b + kv * S_SIZE
+    P_new += slot * P_new_b + kv * K * V
     wide = tl.arange(0, BK)
     in_k = wide < K
     readers = tl.arange(0, READERS)  # t * HEADS + head

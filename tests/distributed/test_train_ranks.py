@@ -143,6 +143,45 @@ def test_every_mesh_makes_the_run_of_one_process(mesh, whole, corpus, pool, tmp_
     assert (out / "train.toml").read_text() == (whole / "train.toml").read_text().replace(str(whole), str(out))
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_replicas_make_the_run_of_one_process(ranks, whole, corpus, pool, tmp_path):
+    """Also where a micro-batch has no row for some of them, and with recomputation."""
+    out = tmp_path / "run"
+    pool(ranks).run(run_train, config(corpus, out, (ranks, 1, 1), shard=False, recompute=ranks == 4))
+    close(losses(out), losses(whole))
+    mine, theirs = records(out), records(whole)
+    assert [(r["step"], set(r)) for r in mine] == [(r["step"], set(r)) for r in theirs]
+    for record, expected in zip(mine, theirs, strict=True):
+        for name, value in expected.items():
+            if name not in ("seconds", "tokens_per_second"):
+                assert record[name] == pytest.approx(value, rel=1e-4), (record["step"], name)
+    saved, expected = (tensors(checkpoints(folder)[-1]) for folder in (out, whole))
+    assert {n: (x.shape, x.dtype) for n, x in saved.items()} == {n: (x.shape, x.dtype) for n, x in expected.items()}
+    assert len(list(checkpoints(out)[-1].glob("*.safetensors"))) == ranks  # each writes some of them
+    model, *_ = load_model(out)
+    for name, x in model.named_parameters():
+        assert torch.equal(x, saved[f"model.{name}"]), name
+
+
+def test_replicas_go_on_as_shards_and_the_other_way_round(whole, corpus, pool, tmp_path):
+    out = tmp_path / "run"
+    pool(4).run(run_until, config(corpus, out, (4, 1, 1), shard=False), 5, signal.SIGINT, 3)
+    pool(2).run(run_until, config(corpus, out, (2, 1, 1), resume=True), 9, signal.SIGTERM, 1)
+    pool(2).run(run_until, config(corpus, out, (2, 1, 1), shard=False, resume=True), 13, signal.SIGINT, 0)
+    train(config(corpus, out, resume=True), Console(quiet=True))
+    close(losses(out), losses(whole))
+
+
+def test_who_shares_out_a_model():
+    shares = lambda mesh, device, parameters, **more: TrainConfig(**more).shares(mesh, device, parameters, 80 << 30)  # noqa: E731
+    assert shares((2, 1, 1), "cpu", 10**6)
+    assert not shares((2, 1, 1), "cuda", 10**9)
+    assert shares((2, 1, 1), "cuda", 2 * 10**9)
+    assert shares((2, 2, 1), "cuda", 10**6) and shares((2, 1, 2), "cuda", 10**6)
+    assert shares((2, 1, 1), "cuda", 10**6, compile=True) and shares((2, 1, 1), "cuda", 10**6, cuda_graphs=False)
+    assert shares((2, 1, 1), "cuda", 10**6, shard=True) and not shares((2, 1, 1), "cpu", 10**9, shard=False)
+
+
 def check_options(groups, rank, corpus: Path, folder: Path) -> None:
     real, asked = parallelize_hla, []
 
@@ -361,6 +400,8 @@ WRONG = [
     ({"dp": 4, "batch_size": 6}, 4, "batch_size must be divisible by dp: 6 rows for 4 ranks"),
     ({"sp": 3, "context": 32}, 3, "context must be divisible by sp: 32 tokens for 3 ranks"),
     ({"data": ("-",)}, 2, "standard input cannot be read by several processes"),
+    ({"sp": 2, "shard": False}, 2, "with --no-shard every rank has the whole model: that goes with dp alone"),
+    ({"compile": True, "shard": False}, 2, "that goes with dp alone, and without --compile"),
 ]
 
 

@@ -1,0 +1,83 @@
+"""A training run whose ranks all have the whole model, and share out the rows of a batch.
+
+What travels is the sum of the gradients, once a step. The rest is the run of one process: float32 weights, autocast,
+and on GPUs the forward and backward pass of a micro-batch as a CUDA graph, which FSDP's gathers would not let capture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from hla.build import recompute_activations
+from hla.data import Row, pack_rows
+from hla.distributed.training import Spread
+from hla.distributed.world import World
+from hla.graphed import GraphedTraining
+from hla.loss import mean_loss
+from hla.train_config import TrainConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ALIGNED = 64  # numbers from one parameter's gradient to the next one's begin at a multiple of this
+
+
+class Replicas(Spread):
+    """The model on every rank. The methods are those of `Spread`.
+
+    Args:
+        model: the same on every rank; it goes to the device in place.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, world: World, device: torch.device, dtype: torch.dtype, config: TrainConfig
+    ) -> None:
+        self.world, self.device, self.dtype = world, device, dtype
+        torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
+        if config.recompute:
+            recompute_activations(model)
+        self.model = model  # type: ignore[assignment]
+        self.replicas, self.pieces, self.heads = world.size, 1, 1
+        self.replica, self.sequence, self.resharding = world.rank, None, None
+        self.gradients = _in_one_piece([p for p in model.parameters() if p.requires_grad])
+        self.graphed = GraphedTraining(model, dtype, captures=config.captures(device.type))
+
+    def step(
+        self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Row]], clip: float
+    ) -> tuple[float, float]:
+        tokens = sum(length for rows in batches for _, _, length in rows)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for rows in batches:
+            mine, weight = self.share(rows)
+            if weight:  # (nobody waits for a rank before the sum)
+                loss += self.graphed(*self.cut(pack_rows(mine)), tokens)
+        dist.all_reduce(self.gradients)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        # A sum is the same to the bit on all ranks, and so are the norm and the weights after the step.
+        (found,) = self.total(loss[None])
+        norm_of_all = float(norm)
+        if math.isfinite(found) and math.isfinite(norm_of_all):
+            optimizer.step()
+        self.graphed.zero_grad()
+        return found, norm_of_all
+
+    def nats(self, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
+        return mean_loss(self.model, inputs, targets, 1, self.dtype)
+
+    def whole(self) -> PreTrainedModel | None:
+        return self.model if self.world.rank == 0 else None
+
+
+def _in_one_piece(parameters: Sequence[torch.nn.Parameter]) -> Tensor:
+    """Zeros, of which the gradient of each parameter is a part from now on, so that one sum is that of all."""
+    sizes = [-(-p.numel() // ALIGNED) * ALIGNED for p in parameters]
+    whole = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+    for p, part in zip(parameters, whole.split(sizes), strict=True):
+        p.grad = part[: p.numel()].view_as(p)
+    return whole
