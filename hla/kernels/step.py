@@ -129,7 +129,7 @@ def _launch(
         BI = BK if BK <= RESIDENT else 32
         held = few and T == 1 and BI == BK and BV <= RESIDENT
         BC = BV if held else min(BV, 8192 // BK)
-        warps = BK * max(BK, BV) // 1024 if held else min(16 if sizes["PACKED"] else 8, BI * BK // 1024)
+        warps = min(8, BK * max(BK, BV) // 1024) if held else min(16 if sizes["PACKED"] else 8, BI * BK // 1024)
         with torch.cuda.device_of(q):
             query_side_kernel[batch * hkv,](
                 q, k, v, g, ridge, nodes, slots, o, old[0], old[1], S, P,
