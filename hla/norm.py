@@ -32,10 +32,15 @@ class RMSNorm(nn.RMSNorm):
 
         Whoever reads s instead of x afterwards lets the gradients of x meet in that kernel.
         """
-        if self._in_kernel(x) and not (self._forward_hooks or self._forward_pre_hooks):
+        if self._in_kernel(x) and self.is_bare():
             return self._residual_norm(x, branch)
         s = x if branch is None else x + branch
         return s, self(s)
+
+    def is_bare(self) -> bool:
+        """Whether calling it does no more than `forward` of this class: no hooks, and a weight that is here."""
+        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
+        return not hooks and "forward" not in vars(self)  # (the latter is how accelerate moves weights)
 
     def _residual_norm(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         from hla.kernels.residual_norm import residual_norm

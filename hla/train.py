@@ -205,7 +205,7 @@ def _train(
     model = world.together(lambda: build_model(config, prepared.tokenizer))
     parameters = sum(p.numel() for p in model.parameters())
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    shares = world.size > 1 and config.shares(mesh, device.type, parameters, int(world.same(memory)))
+    shares = world.size > 1 and config.shares(mesh, device.type, parameters, -int(world.highest(-memory)))
     where, precision = str(device), "bfloat16 autocast" if half else "float32"
     if world.size > 1:
         kept = f"{mesh[0]}, {mesh[1]}, {mesh[2]}" if shares else f"{mesh[0]}; each has the whole model"
@@ -320,8 +320,13 @@ class _Run:
                 raise self.world.common(
                     HLAError("the training data has changed since the run began, so it cannot go on")
                 )
-            resharding = None if self.spread is None else self.spread.resharding
-            self.world.together(lambda: restore(path, self.model, self.optimizer, resharding))
+            self.world.together(
+                lambda: (
+                    restore(path, self.model, self.optimizer)
+                    if self.spread is None
+                    else self.spread.restore(path, self.optimizer)
+                )
+            )
             for name in ("step", "tokens", "seconds", "skipped", "skipped_in_a_row", "logged"):
                 setattr(self, name, state[name])
             self.checkpoint_at = self.step

@@ -111,11 +111,12 @@ class TrainConfig:
     def shares(self, mesh: tuple[int, int, int], device: str, parameters: int, memory: int) -> bool:
         """Whether the weights, gradients and moments of a model are shared out over the ranks of dp.
 
-        So it is without CUDA graphs, or where they would take more than a quarter of a device's memory (in bytes).
+        They are with sp or tp, on CPUs, when compiled, and where they would take more than a quarter of a device's
+        ``memory`` (bytes).
         """
-        if self.shard is not None:
-            return self.shard
-        return mesh[1:] != (1, 1) or not self.captures(device) or 16 * parameters > memory // 4
+        if self.shard is not None or self.cuda_graphs:
+            return bool(self.shard)
+        return mesh[1:] != (1, 1) or device != "cuda" or self.compile or 16 * parameters > memory // 4
 
     def mesh(self, ranks: int) -> tuple[int, int, int]:
         """The sizes of dp, sp and tp for so many processes.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,6 +22,7 @@ from hla.distributed.world import World
 from hla.graphed import GraphedTraining
 from hla.loss import mean_loss
 from hla.train_config import TrainConfig
+from hla.training_state import restore, run_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -44,7 +46,9 @@ class Replicas(Spread):
             recompute_activations(model)
         self.model = model  # type: ignore[assignment]
         self.replicas, self.pieces, self.heads = world.size, 1, 1
-        self.replica, self.sequence, self.resharding = world.rank, None, None
+        self.replica, self.sequence = world.rank, None
+        for p in model.parameters():  # the same to the bit, also where processors of two kinds have drawn them
+            dist.broadcast(p.detach(), 0)
         self.gradients = _in_one_piece([p for p in model.parameters() if p.requires_grad])
         self.graphed = GraphedTraining(model, dtype, captures=config.captures(device.type))
 
@@ -58,17 +62,22 @@ class Replicas(Spread):
             if weight:  # (nobody waits for a rank before the sum)
                 loss += self.graphed(*self.cut(pack_rows(mine)), tokens)
         dist.all_reduce(self.gradients)
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         # A sum is the same to the bit on all ranks, and so are the norm and the weights after the step.
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
         (found,) = self.total(loss[None])
-        norm_of_all = float(norm)
-        if math.isfinite(found) and math.isfinite(norm_of_all):
+        if math.isfinite(found) and math.isfinite(norm):
             optimizer.step()
         self.graphed.zero_grad()
-        return found, norm_of_all
+        return found, norm
 
     def nats(self, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
         return mean_loss(self.model, inputs, targets, 1, self.dtype)
+
+    def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+        return run_tensors(self.model, optimizer)
+
+    def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
+        restore(path, self.model, optimizer)
 
     def whole(self) -> PreTrainedModel | None:
         return self.model if self.world.rank == 0 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from hla.loss import summed_cross_entropy
 from hla.models import HLAForCausalLM
 from hla.telemetry import largest_values
 from hla.train_config import TrainConfig
-from hla.training_state import run_tensors
+from hla.training_state import restore, run_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -74,7 +75,7 @@ class Spread:
         self.replicas, self.pieces, self.heads = mesh
         self.replica = devices["dp"].get_local_rank()
         self.sequence = self.model.sequence_parallel
-        self.resharding: Resharding | None = Resharding(self.model)
+        self.resharding = Resharding(self.model)
         # The root has embedding and head, which FSDP makes whole around calls of the model: this must be one.
         setattr(self.model, "summed_loss", types.MethodType(_summed_loss, self.model))  # noqa: B010
         register_fsdp_forward_method(self.model, "summed_loss")
@@ -198,10 +199,12 @@ class Spread:
 
     def tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
         """What this rank writes into a checkpoint."""
-        if self.resharding is None:
-            return run_tensors(self.model, optimizer)
         self.resharding.ready()
         return self.resharding.dealt(run_tensors(self.model, optimizer))
+
+    def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
+        """See `hla.training_state.restore`."""
+        restore(path, self.model, optimizer, self.resharding)
 
     def whole(self) -> PreTrainedModel | None:
         """The model as one process has it, on the CPU, on the first rank; None on the others."""

@@ -192,8 +192,9 @@ def pair_gradients(
         c, total = _decays(G, batch * length + row + rows, live, g_heads, hk // gg)
         E = tl.where(mask, tl.exp2(c[:, None] - c[None, :]), 0.0)
         B *= E
-        pairs = tl.where(rows[:, None] > rows[None, :], A * B, 0.0)
-        later = tl.sum(pairs, 1) - tl.sum(pairs, 0)
+        if DG is not None:
+            pairs = tl.where(rows[:, None] > rows[None, :], A * B, 0.0)
+            later = tl.sum(pairs, 1) - tl.sum(pairs, 0)
         A *= E
     else:
         A = tl.where(mask, A, 0.0)
@@ -210,7 +211,8 @@ def pair_gradients(
     acc = tl.dot(do, tl.trans(P), input_precision=PRECISION)
     if GATED:
         acc *= tl.exp2(c)[:, None]
-        later += tl.sum(acc * x.to(tl.float32), 1)
+        if DG is not None:
+            later += tl.sum(acc * x.to(tl.float32), 1)
     acc = tl.dot(B, k, acc, input_precision=PRECISION)
     tl.store(DX + at_k, (acc * factor).to(DX.dtype.element_ty), mask=in_k)
 
@@ -218,7 +220,8 @@ def pair_gradients(
     acc = tl.dot(v, tl.trans(N), input_precision=PRECISION)
     if GATED:
         acc *= tl.exp2(total - c)[:, None]
-        earlier = tl.sum(acc * k.to(tl.float32), 1)
+        if DG is not None:
+            earlier = tl.sum(acc * k.to(tl.float32), 1)
     acc = tl.dot(tl.trans(B), x, acc, input_precision=PRECISION)
     tl.store(DK + at_k, (acc * factor).to(DK.dtype.element_ty), mask=in_k)
 
@@ -244,9 +247,9 @@ def pair_gradients(
 
 def gradients(
     x: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor | None, states: Tensor, later: Tensor, chunks: Cut,
-    *, factor: float, dx_dtype: torch.dtype, warps: int,
+    *, factor: float, dx_dtype: torch.dtype, warps: int, gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(dx, dk, dv per head of x, and dg per head of x in float32, or None without g).
+    """(dx, dk, dv per head of x, and if wanted (gated) dg per head of x in float32, else None).
 
     Args:
         x: ``[B, T, HQ, K]``; do: ``[B, T, HQ, V]``; contiguous. k: ``[B, T, HKV, K]``; v: ``[B, T, HKV, V]``; last
@@ -256,7 +259,7 @@ def gradients(
     (B, T, heads, K), (HKV, V) = x.shape, v.shape[2:]
     new = lambda *shape, dtype: torch.empty(B, T, heads, *shape, dtype=dtype, device=x.device)  # noqa: E731
     dx, dk, dv = new(K, dtype=dx_dtype), new(K, dtype=k.dtype), new(V, dtype=v.dtype)
-    dg = None if g is None else new(dtype=torch.float32)
+    dg = new(dtype=torch.float32) if gated else None
     kind, precision = operand(x, k, v)
     if x.numel():
         launch(

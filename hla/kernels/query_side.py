@@ -192,9 +192,10 @@ def _in_pairs(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
         final=P is not None, dtype=dtype, reverse=True, stages=s.config.states_stages,
     )  # fmt: skip
     dx, dk, dv, dg = gradients(
-        x, k, v, do, g, earlier.states, later.states, s.chunks, factor=scale, dx_dtype=s.dtype, warps=s.config.warps
+        x, k, v, do, g, earlier.states, later.states, s.chunks, factor=scale, dx_dtype=s.dtype, warps=s.config.warps,
+        gated=gated,
     )  # fmt: skip
-    return _AtP(dx, dk, dv, later.final, dg if gated else None, None)
+    return _AtP(dx, dk, dv, later.final, dg, None)
 
 
 def _in_walks(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:

@@ -127,7 +127,7 @@ def _launch(
     overlap: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     if order:
         BI = BK if BK <= RESIDENT else 32
-        held = few and T == 1 and BI == BK and BV <= RESIDENT
+        held = (few or BK <= 64) and T == 1 and BI == BK and BV <= RESIDENT
         BC = BV if held else min(BV, 8192 // BK)
         warps = min(8, BK * max(BK, BV) // 1024) if held else min(16 if sizes["PACKED"] else 8, BI * BK // 1024)
         with torch.cuda.device_of(q):
@@ -135,7 +135,8 @@ def _launch(
                 q, k, v, g, ridge, nodes, slots, o, old[0], old[1], S, P,
                 *_strides(q, k, v, g, ridge), *(nodes.stride() if _is(nodes) else (0,) * 4),
                 *(_row_stride(x) for x in (old[0], old[1], S, P)), numbers[4],
-                RIDGE=_is(ridge), ORDER=order, GQ=hq // hkv, BI=BI, BC=BC, **sizes, num_warps=max(1, warps), **overlap,
+                RIDGE=_is(ridge), ORDER=order, GQ=hq // hkv, BC=BC, HELD=held, BI=BI, **sizes,
+                num_warps=max(1, warps), **overlap,
             )  # fmt: skip
         return o
     hp = F.shape[1]

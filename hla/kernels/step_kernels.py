@@ -307,17 +307,16 @@ def query_side_kernel(
     nodes_b, nodes_t, nodes_h, nodes_n,
     S_old_b, P_old_b, S_new_b, P_new_b,
     scale,
-    RIDGE: tl.constexpr, ORDER: tl.constexpr, GQ: tl.constexpr, BC: tl.constexpr,
+    RIDGE: tl.constexpr, ORDER: tl.constexpr, GQ: tl.constexpr, BC: tl.constexpr, HELD: tl.constexpr,
     PACKED: tl.constexpr, T: tl.constexpr, HKV: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
     BI: tl.constexpr, BK: tl.constexpr, HEADS: tl.constexpr, READERS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """hla_q: S is updated, every query of the group iterates on it, then P is updated and read in blocks of columns.
 
-    With BI = BK, S stays in registers for all tokens, and for one token with BC >= V all of P, too (HELD): then both
-    are on their way back to memory before the first iteration. A larger S goes through memory, in blocks of BI rows:
+    With BI = BK, S stays in registers for all tokens, and with HELD (one token, BC >= V) all of P, too: then both are
+    on their way back to memory before the first iteration. A larger S goes through memory, in blocks of BI rows:
     written by every token, and read again by each iteration.
     """
-    HELD: tl.constexpr = BI == BK and BC >= V and T == 1
     program = tl.program_id(0)
     kv = program % HKV
     b = (program // HKV).to(tl.int64)

@@ -112,3 +112,22 @@ def test_hooks_of_a_norm_still_run(monkeypatch):
     x = torch.randn(2, 32)
     s, y = norm.residual(x, x)
     assert seen[0] is y and torch.equal(s, x + x)
+
+
+@pytest.mark.parametrize("how", ["replaced", "backward", "before backward"])
+def test_a_norm_around_which_more_happens_is_called(how, monkeypatch):
+    """As by accelerate, which brings the weight to the device for the time of a call."""
+    monkeypatch.setattr(RMSNorm, "_in_kernel", lambda *_: True)
+    monkeypatch.setattr(RMSNorm, "_residual_norm", None)
+    norm, x = RMSNorm(32, eps=1e-6), torch.randn(2, 32)
+    assert norm.is_bare()
+    if how == "replaced":
+        norm.forward = lambda y: y + 1
+    else:
+        monkeypatch.setattr(RMSNorm, "_in_kernel", lambda self, y: self.is_bare())
+        if how == "backward":
+            norm.register_full_backward_hook(lambda *_: None)
+        else:
+            norm.register_full_backward_pre_hook(lambda *_: None)
+    s, y = norm.residual(x, x)
+    assert torch.equal(s, x + x) and (how != "replaced" or torch.equal(y, s + 1))
