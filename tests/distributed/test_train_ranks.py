@@ -99,6 +99,16 @@ def close(found: dict[int, float], expected: dict[int, float]) -> None:
         assert abs(found[step] - loss) < bound * loss, (step, found[step], loss)
 
 
+def same_records(out: Path, whole: Path) -> None:
+    """But for the time, and rounding."""
+    mine, theirs = records(out), records(whole)
+    assert [(r["step"], set(r)) for r in mine] == [(r["step"], set(r)) for r in theirs]
+    for record, expected in zip(mine, theirs, strict=True):
+        for name, value in expected.items():
+            if name not in ("seconds", "tokens_per_second"):
+                assert record[name] == pytest.approx(value, rel=1e-4), (record["step"], name)
+
+
 def run_train(groups, rank, settings: TrainConfig) -> None:
     train(settings, Console(quiet=True))
 
@@ -122,12 +132,7 @@ def test_every_mesh_makes_the_run_of_one_process(mesh, whole, corpus, pool, tmp_
     out = tmp_path / "run"
     pool(mesh[0] * mesh[1] * mesh[2]).run(run_train, config(corpus, out, mesh))
     close(losses(out), losses(whole))
-    mine, theirs = records(out), records(whole)
-    assert [(r["step"], set(r)) for r in mine] == [(r["step"], set(r)) for r in theirs]
-    for record, expected in zip(mine, theirs, strict=True):
-        for name, value in expected.items():
-            if name not in ("seconds", "tokens_per_second"):
-                assert record[name] == pytest.approx(value, rel=1e-4), (record["step"], name)
+    same_records(out, whole)
     state, other = (read_state(checkpoints(folder)[-1]) for folder in (out, whole))
     assert [p.name for p in checkpoints(out)] == [p.name for p in checkpoints(whole)]
     assert {k: state[k] for k in ("step", "tokens", "logged")} == {k: other[k] for k in ("step", "tokens", "logged")}
@@ -138,7 +143,8 @@ def test_every_mesh_makes_the_run_of_one_process(mesh, whole, corpus, pool, tmp_
         assert torch.equal(x, saved[f"model.{name}"]), name
     held_out = encode_documents(tokenizer, prepare(config(corpus, out)).held_documents)
     score = evaluate(model, held_out, [len(b) for b in token_bytes(tokenizer)], context=32)
-    assert score.loss == pytest.approx(mine[-1]["val_loss"], rel=1e-6) and score.tokens == mine[-1]["val_tokens"]
+    last = records(out)[-1]
+    assert score.loss == pytest.approx(last["val_loss"], rel=1e-6) and score.tokens == last["val_tokens"]
     assert training["parameters"] == sum(x.numel() for x in model.parameters())
     assert (out / "train.toml").read_text() == (whole / "train.toml").read_text().replace(str(whole), str(out))
 
@@ -149,12 +155,7 @@ def test_replicas_make_the_run_of_one_process(ranks, whole, corpus, pool, tmp_pa
     out = tmp_path / "run"
     pool(ranks).run(run_train, config(corpus, out, (ranks, 1, 1), shard=False, recompute=ranks == 4))
     close(losses(out), losses(whole))
-    mine, theirs = records(out), records(whole)
-    assert [(r["step"], set(r)) for r in mine] == [(r["step"], set(r)) for r in theirs]
-    for record, expected in zip(mine, theirs, strict=True):
-        for name, value in expected.items():
-            if name not in ("seconds", "tokens_per_second"):
-                assert record[name] == pytest.approx(value, rel=1e-4), (record["step"], name)
+    same_records(out, whole)
     saved, expected = (tensors(checkpoints(folder)[-1]) for folder in (out, whole))
     assert {n: (x.shape, x.dtype) for n, x in saved.items()} == {n: (x.shape, x.dtype) for n, x in expected.items()}
     assert len(list(checkpoints(out)[-1].glob("*.safetensors"))) == ranks  # each writes some of them
