@@ -32,7 +32,7 @@ from hla.kernels.configs import block, device_config, query_side_config
 from hla.kernels.launch import INTERPRETED, launch
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import operand, read, sum_heads
-from hla.kernels.pairs import Entering, entering, fits, gradients
+from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
 from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
 from hla.kernels.segments import cut, cut_every, enter, sum_later
 from hla.ops.checks import Call
@@ -59,7 +59,7 @@ class _Sizes:
         self.operand, self.precision = operand(q, k)
         self.dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16  # of what passes through memory
         self.config = query_side_config(self.K, self.operand == tl.float32, device_config(q.device)[0])
-        self.columns = min(64, block(self.K))
+        self.columns = min(COLUMNS, block(self.K))
         self.blocks = -(-self.K // self.columns)
         self.hopper = fits_hopper(self.K, self.order, q.dtype, device_config(q.device)[0])
         self.segments = cut(self.B, self.T, self.HQ * self.blocks, cu_seqlens, q.device)
