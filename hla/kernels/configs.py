@@ -54,7 +54,7 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
 
 class QuerySideConfig(NamedTuple):
     """For the kernels of `query_side`: rows of a chunk, warps of the kernels that own a chunk, whether `adjoint` loads
-    ahead, and stages of the load pipelines."""
+    ahead, stages of the load pipelines, and how many registers a thread of `solve` and `pair_gradients` may have."""
 
     chunk: int = 64
     warps: int = 4
@@ -62,6 +62,7 @@ class QuerySideConfig(NamedTuple):
     states_stages: int = 3
     moments_stages: int = 4
     fold_stages: int = 2
+    registers: int | None = None
 
 
 @functools.cache
@@ -72,7 +73,9 @@ def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> Quer
         return QuerySideConfig(32, warps, adjoint_ahead=0, states_stages=1, moments_stages=1, fold_stages=1)
     if little_memory(capability):
         return QuerySideConfig(chunk=32, states_stages=2, moments_stages=2, fold_stages=1)
-    return QuerySideConfig(warps=8 if key > 64 and capability < (9, 0) else 4)
+    if capability < (9, 0):
+        return QuerySideConfig(warps=8 if key > 64 else 4)
+    return QuerySideConfig(registers=168 if key <= 64 else None)  # three programs on a multiprocessor instead of two
 
 
 def little_memory(capability: tuple[int, int]) -> bool:

@@ -46,11 +46,15 @@ def prefetch(pointers, mask):
     )  # fmt: skip
 
 
-def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 3, pdl: bool = False, **constants) -> None:
+def launch(
+    kernel, programs: int, *args, warps: int = 4, stages: int = 3, pdl: bool = False, registers: int | None = None,
+    **constants,
+) -> None:  # fmt: skip
     """Runs ``programs`` instances of a kernel on the device of its tensors, whatever the current device is.
 
     Args:
         args: all arguments that are not ``tl.constexpr``, in order: pointers (tensors or None), then ints and floats.
+        registers: of a thread at most.
         pdl: the kernel overlaps with the one before it. Its last parameter is ``PDL: tl.constexpr``, which is passed.
         constants: those that are, in the order of the kernel's signature.
     """
@@ -63,7 +67,7 @@ def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 3, pdl: b
         return
     pointers = [x for x in args if x is None or isinstance(x, Tensor)]
     device = next(x.device for x in pointers if x is not None)
-    what = (kernel, device.index, warps, stages, *constants.values())
+    what = (kernel, device.index, warps, stages, registers, *constants.values())
     # The same numbers as before, as they are in training, need not be looked at one by one.
     exact = (
         what,
@@ -79,7 +83,9 @@ def launch(kernel, programs: int, *args, warps: int = 4, stages: int = 3, pdl: b
         compiled = _compiled.get(key)
         if compiled is None:
             assert tuple(constants) == tuple(p.name for p in kernel.params if p.is_constexpr)
-            options = {"launch_pdl": True} if constants.get("PDL") else {}
+            options: dict[str, Any] = {"launch_pdl": True} if constants.get("PDL") else {}
+            if registers is not None:
+                options["maxnreg"] = registers
             compiled = kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages, **options)
         else:
             compiled[(programs, 1, 1)](*args, *constants.values())

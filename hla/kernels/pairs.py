@@ -247,7 +247,7 @@ def pair_gradients(
 
 def gradients(
     x: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor | None, states: Tensor, later: Tensor, chunks: Cut,
-    *, factor: float, dx_dtype: torch.dtype, warps: int, gated: bool,
+    *, factor: float, dx_dtype: torch.dtype, warps: int, registers: int | None, gated: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dx, dk, dv per head of x, and if wanted (gated) dg per head of x in float32, else None).
 
@@ -268,6 +268,6 @@ def gradients(
             T, chunks.per_sequence, heads, heads // HKV, 1 if g is None else HKV // g.shape[2],
             *k.stride()[:3], *v.stride()[:3], float(factor),
             DIM_K=K, DIM_V=V, C=chunks.segment, BK=block(K), BV=block(V), GATED=g is not None, OPERAND=kind,
-            PRECISION=precision, warps=warps, stages=1,
+            PRECISION=precision, warps=warps, stages=1, registers=registers,
         )  # fmt: skip
     return dx, dk, dv, dg

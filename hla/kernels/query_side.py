@@ -96,7 +96,7 @@ def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces) -> Tensor:
         launch(
             solve, s.chunks.slots * s.HQ,
             q, k, g, ridge, nodes, all_states, traces, x, s.chunks.table, *sizes,
-            ORDER=s.order, **compile_time, warps=s.config.warps, stages=1,
+            ORDER=s.order, **compile_time, warps=s.config.warps, stages=1, registers=s.config.registers,
         )  # fmt: skip
     return x
 
@@ -193,7 +193,7 @@ def _in_pairs(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
     )  # fmt: skip
     dx, dk, dv, dg = gradients(
         x, k, v, do, g, earlier.states, later.states, s.chunks, factor=scale, dx_dtype=s.dtype, warps=s.config.warps,
-        gated=gated,
+        registers=s.config.registers, gated=gated,
     )  # fmt: skip
     return _AtP(dx, dk, dv, later.final, dg, None)
 

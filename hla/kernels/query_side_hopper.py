@@ -47,8 +47,48 @@ def _ready():
 @gluon.jit
 def _own_part(x, WARPS_N: gl.constexpr):
     """The sums of rows of an accumulator over the columns that a thread holds: no thread waits for another."""
-    x = x.reshape([x.shape[0], WARPS_N, x.shape[1] // (8 * WARPS_N), 4, 2])
-    return gl.sum(gl.sum(x, 4), 2)
+    x = x.reshape([x.shape[0], WARPS_N, x.shape[1] // (8 * WARPS_N), 4, 2]).permute((0, 1, 3, 2, 4))
+    return gl.sum(x.reshape([x.shape[0], WARPS_N, 4, x.shape[3] * x.shape[4]]), 3)
+
+
+@gluon.jit
+def _index(x, DIM: gl.constexpr):
+    """Where along a dimension of x its numbers are."""
+    layout: gl.constexpr = x.type.layout
+    i = gl.arange(0, x.shape[DIM])
+    for d in gl.static_range(len(x.shape)):
+        if d != DIM:
+            i = gl.expand_dims(i, d)
+    return gl.set_auto_layout(i, layout)
+
+
+@gluon.jit
+def _of_block(x, WARPS_N: gl.constexpr):
+    """Of ``[warp, r, c, group, block]`` what is on the diagonal, ``[warp, r, 4, group]``."""
+    a, b = gl.split(x.reshape([4, 8, 8, WARPS_N, 2 // WARPS_N, 2]))  # even and odd blocks
+    x = gl.where(_index(a, 0) % 2 == 0, a, b).reshape([4, 8, 8, 2])
+    if WARPS_N == 1:
+        a, b = gl.split(x)
+        x = gl.where(_index(a, 0) < 2, a, b).reshape([4, 8, 8, 1])
+    here = _index(x, 1) == _index(x, 2)
+    if WARPS_N == 2:
+        here = here & (_index(x, 3) == _index(x, 0) // 2)
+    return gl.sum(gl.where(here, x, 0.0).reshape([4, 8, 4, 2, WARPS_N]), 3)
+
+
+@gluon.jit
+def _diagonal(x, WARPS_N: gl.constexpr):
+    """The diagonal of an accumulator ``[64, 64]``, as `_own_part` has sums of rows.
+
+    Which columns of a thread can be on it depends on its warp alone, so all but 4 of 32 numbers are out at once.
+    """
+    x = x.reshape([4, 2, 8, WARPS_N, 4 // WARPS_N, 2, 8])  # rows: warp, half, r; columns: group, block, half, c
+    x = x.permute((0, 2, 6, 3, 4, 1, 5))
+    x0, x1 = gl.split(x)
+    x0, _ = gl.split(x0)
+    _, x1 = gl.split(x1)
+    x = gl.join(_of_block(x0, WARPS_N), _of_block(x1, WARPS_N))  # [warp, r, 4, group, half]
+    return x.permute((0, 4, 1, 3, 2)).reshape([64, WARPS_N, 4])
 
 
 @gluon.jit
@@ -184,7 +224,6 @@ def adjoint(
     # The readings once more: x_0 ... x_{ORDER-1}, and their weights inside the chunk, negative.
     zeros = gl.zeros([C, D], gl.float32, L)
     zeros_c = gl.zeros([C, C], gl.float32, LC)
-    same = rc[:, None] == cc[None, :]
     x = _wide(u_s.load(L)) * steps[0][:, None]
     theta = 1.0 / steps[0]  # x_0 theta is q, which needs no memory of its own
     x_s.index(0).store(x.to(gl.bfloat16))
@@ -199,7 +238,7 @@ def adjoint(
             raw = warpgroup_mma_wait(0, (raw,))
         by_x.index(n - 1).store((raw * -E_s.load(LC).to(gl.float32)).to(gl.bfloat16))
         if GATED:
-            own_x = own_x + (_own_part(gl.where(same, raw, 0.0), WARPS_N),)
+            own_x = own_x + (_diagonal(raw, WARPS_N),)
         if n < ORDER:
             by = steps[n][:, None]
             x = x * (1.0 - by * ridge[:, None]) + (by * theta[:, None]) * _wide(x_s.index(0).load(L))
@@ -222,7 +261,7 @@ def adjoint(
     ridge_p = gl.convert_layout(ridge, P)[:, None, None]
     theta_p = gl.convert_layout(theta, P)[:, None, None]
     dridge, dtrace, dc = part, part, part
-    dthetas = ()
+    dthetas, after = (), part
     for n in gl.static_range(ORDER, 0, -1):
         if n == ORDER:
             u_n = u_s
@@ -236,13 +275,13 @@ def adjoint(
         dk = warpgroup_mma(by_x.index(n - 1).permute((1, 0)), u_n, dk, is_async=True)
         moment = warpgroup_mma(x_s.index(n - 1).permute((1, 0)), w_s, moment, is_async=True)
         xy = _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
-        qy = _own_part(_wide(x_s.index(0).load(L)) * y, WARPS_N)
+        qy = xy if n == 1 else _own_part(_wide(x_s.index(0).load(L)) * y, WARPS_N)
         y *= 1.0 - by * ridge[:, None]
         raw = warpgroup_mma_wait(2, (raw,))
         y = warpgroup_mma(w_s, S_s, y, is_async=True)
         by_u.store((raw * -E_s.load(LC).to(gl.float32)).to(gl.bfloat16))
         if GATED:
-            u_ = _own_part(gl.where(same, raw, 0.0), WARPS_N)
+            u_ = _diagonal(raw, WARPS_N)
             x_ = own_x[n - 1]
             own = u_.to(gl.bfloat16).to(gl.float32) * x_ - x_.to(gl.bfloat16).to(gl.float32) * u_
             dc += 0.5 * gl.convert_layout(own, part.type.layout)
@@ -252,19 +291,19 @@ def adjoint(
         y, dk, moment = warpgroup_mma_wait(0, (y, dk, moment))
         _barrier()
         step = gl.convert_layout(steps[n], P)[:, None, None]
-        xSu = (1.0 - step * ridge_p) * xy - _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
+        after = _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
+        xSu = (1.0 - step * ridge_p) * xy - after
         dtheta = -step * (step * (theta_p * qy - ridge_p * xy) - xSu)
         dthetas = dthetas + (dtheta,)
         node = gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32)
         dridge += dtheta - step * xy
         dtrace += dtheta * gl.convert_layout(node, P)[:, None, None]
         dc -= xSu
-    qy = _own_part(_wide(x_s.index(0).load(L)) * y, WARPS_N)
 
     # Gradients of the numbers per token.
     for _ in gl.static_range(ORDER, 4):
         dthetas = dthetas + (part,)
-    sums = _rest(qy, dridge, dtrace, dc, dthetas[0], dthetas[1], dthetas[2], dthetas[3], R)
+    sums = _rest(after, dridge, dtrace, dc, dthetas[0], dthetas[1], dthetas[2], dthetas[3], R)
     dtheta = -steps[0] * sums[0]  # (theta times the square)
     gl.store(DNODES + token * (ORDER + 1), dtheta * traces, mask=live)
     dridge = sums[1] + dtheta
