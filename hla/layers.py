@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hla.convolution import history_after, positions_in_packed, short_convolution
+from hla.convolution import positions_in_packed, short_convolution
+from hla.joined import has_kernels
 from hla.layer_arguments import check_arguments, coefficient_names, default_coefficient
 from hla.layer_state import LayerState, copy_state, map_state
 from hla.norm import RMSNorm
@@ -261,16 +262,22 @@ class HigherOrderLinearAttention(nn.Module):
             position_ids, position = self._positions(hidden_states, attention_mask, position_ids, cu_seqlens, state)
 
         history = None if state is None else state.conv
+        gate = None
         if self._in_one_launch(hidden_states, cu_seqlens):
             from hla.kernels.shape import project as project_in_one_launch
 
             q, k, v, conv, options = project_in_one_launch(self, hidden_states, mask, history, wants_state)
+        elif self._shapes_in_kernels(hidden_states, cu_seqlens, history, wants_state):
+            from hla.kernels.shape_training import project as project_in_kernels
+
+            q, k, v, conv, options, gate = project_in_kernels(
+                self, hidden_states, mask, cu_seqlens, history, wants_state
+            )
         else:
             q, k, v, p, conv = self._project(hidden_states, mask, position_ids, cu_seqlens, history, wants_state)
             options = {"g": self._log_decay(hidden_states, mask), **self._coefficients(hidden_states, k)}
             if p is not None:
                 options["p"] = p
-        gate = None
         if self.sequence_parallel is None:
             o, op = self._operate(q, k, v, options, state, wants_state, out_state, cu_seqlens)
         else:
@@ -283,12 +290,12 @@ class HigherOrderLinearAttention(nn.Module):
 
         gate = self._gate_logits(hidden_states) if gate is None else gate
         if self.o_norm is not None and self._has_kernels(o) and self.o_norm.is_bare():
-            from hla.kernels.shape_training import gated_norm
+            from hla.kernels.gates import gated_norm
 
             o = gated_norm(self.o_norm, o, gate)
         else:
             o = (o if self.o_norm is None else self.o_norm(o)).flatten(2)
-            o = o if gate is None else o * F.silu(gate)
+            o = o if gate is None else o * F.silu(gate[..., : o.shape[-1]])
         y = project(self.o_proj, o)
         if not wants_state:
             return y, None
@@ -309,25 +316,11 @@ class HigherOrderLinearAttention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | str | None, Tensor | None]:
         """q, k, v ``[B, T, heads, dim]`` and p as the operator takes them, 0 at pads, and the convolution's state."""
         x = project(self.qkv_proj, hidden_states)
-        parallel = self.sequence_parallel
-        continued = history is not None or wants_state or parallel is not None
-        if self._shapes_in_kernels(x) and not (continued and cu_seqlens is not None):
-            from hla.kernels.shape_training import shaped as shaped_in_kernels
-
-            conv = None
-            if continued and self.conv_size:
-                last = x[:, max(0, x.shape[1] - self.conv_size + 1) :]
-                last = last if mask is None else last * mask[:, mask.shape[1] - last.shape[1] :]
-                if parallel is not None:
-                    history, conv = parallel.convolution_history(last, x.shape[1], self.conv_size - 1, history)
-                elif wants_state:
-                    conv = history_after(history, last, self.conv_size - 1)
-            write = self.write_proj(hidden_states) if self.write_gate else None
-            return *shaped_in_kernels(self, x, write, mask, cu_seqlens, history), self.p, conv
         if mask is not None:
             x = x * mask  # what the convolution sees at pads
         conv = None
         if self.conv_size:
+            parallel = self.sequence_parallel
             convolution = short_convolution if parallel is None else parallel.short_convolution
             x, conv = convolution(x, self.conv_weight, cu_seqlens, history, wants_state)
         dims = [self.head_dim, self.head_dim, self.head_v_dim, self.head_dim][: len(self.split_sizes)]
@@ -359,11 +352,20 @@ class HigherOrderLinearAttention(nn.Module):
 
     def _has_kernels(self, x: Tensor) -> bool:
         """Whether the Triton kernels around the operator take a tensor."""
-        return x.is_cuda and HAS_TRITON and x.dtype != torch.float64 and x.numel() > 0 and self.backend != "torch"
+        return has_kernels(x) and x.numel() > 0 and self.backend != "torch"
 
-    def _shapes_in_kernels(self, x: Tensor) -> bool:
-        """Whether kernels with a gradient do what lies between the projection of q, k, v and the operator."""
-        return self.rope_theta is None and len(self.split_sizes) == 3 and self._has_kernels(x)
+    def _shapes_in_kernels(
+        self, x: Tensor, cu_seqlens: Tensor | None, history: Tensor | None, wants_state: bool
+    ) -> bool:
+        """Whether kernels with a gradient do what lies between the projections and the operator."""
+        continued = history is not None or wants_state or self.sequence_parallel is not None
+        if self.rope_theta is not None or len(self.split_sizes) != 3 or (continued and cu_seqlens is not None):
+            return False
+        return self._has_kernels(x) and self.has_own("_project")
+
+    def has_own(self, *methods: str) -> bool:
+        """Whether no subclass has replaced these methods, whose work kernels do."""
+        return all(getattr(type(self), name) is getattr(HigherOrderLinearAttention, name) for name in methods)
 
     def _operate(
         self,

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hla.ops.checks import HAS_TRITON
+from hla.projection import is_bare
 
 WIDEST = 16384  # rows that one program of the kernel holds
 
@@ -38,9 +39,8 @@ class RMSNorm(nn.RMSNorm):
         return s, self(s)
 
     def is_bare(self) -> bool:
-        """Whether calling it does no more than `forward` of this class: no hooks, and a weight that is here."""
-        hooks = self._forward_hooks or self._forward_pre_hooks or self._backward_hooks or self._backward_pre_hooks
-        return not hooks and "forward" not in vars(self)  # (the latter is how accelerate moves weights)
+        """See `hla.projection.is_bare`."""
+        return is_bare(self)
 
     def _residual_norm(self, x: Tensor, branch: Tensor | None) -> tuple[Tensor, Tensor]:
         from hla.kernels.residual_norm import residual_norm

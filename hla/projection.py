@@ -27,6 +27,12 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
     return y if linear.bias is None else y + linear.bias
 
 
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling it does no more than `forward` of its class: no hooks, and a weight that is here."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return not hooks and "forward" not in vars(module)  # (the latter is how accelerate moves weights)
+
+
 def _in_parts(linear: nn.Module, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.device.type != "cpu" or not HAS_MKL:
         return False
@@ -37,6 +43,6 @@ def _in_parts(linear: nn.Module, x: Tensor) -> bool:
         type(weight) is nn.Parameter and weight.dtype == x.dtype and x.dtype in (torch.float32, torch.float64)
         and weight.numel() >= SMALL and weight.shape[0] % PARTS == 0 and weight.is_contiguous()
         and x.shape[-1] == weight.shape[1] and 0 < x.numel() <= ROWS * weight.shape[1]
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
+        and is_bare(linear)
         and weight.device == x.device and not torch.is_autocast_enabled("cpu")
     )  # fmt: skip

@@ -123,10 +123,10 @@ def parallelize_hla(
 class _Checkpointed:
     """The forward of a block which, while training, keeps only what it is given and runs again in the backward pass."""
 
-    def __init__(self, block: HLABlock, forward: Callable[..., Tensor]):
+    def __init__(self, block: HLABlock, forward: Callable[..., Any]):
         self.block, self.forward = block, forward
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.block.training:
             return self.forward(*args, **kwargs)
         return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)

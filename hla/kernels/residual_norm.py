@@ -53,13 +53,14 @@ def _add_norm_gradient(
         at = row[:, None] * D + d[None, :]
         n = tl.load(S + at, mask=inside, other=0.0).to(tl.float32)
         dout = tl.load(DOUT + at, mask=inside, other=0.0).to(tl.float32)
+        ds = tl.zeros([BT, BD], tl.float32)
+        if DS is not None:
+            ds = tl.load(DS + at, mask=inside, other=0.0).to(tl.float32)  # (asked for before anything waits)
         r = tl.rsqrt(tl.sum(n * n, 1) / D + eps)[:, None]
         n *= r
         dweight += tl.sum(dout * n, 0)
         dout *= weight
-        dx = r * (dout - n * (tl.sum(dout * n, 1) / D)[:, None])
-        if DS is not None:
-            dx += tl.load(DS + at, mask=inside, other=0.0).to(tl.float32)
+        dx = r * (dout - n * (tl.sum(dout * n, 1) / D)[:, None]) + ds
         tl.store(DX + at, dx.to(DX.dtype.element_ty), mask=inside)
         if DBRANCH is not None:
             tl.store(DBRANCH + at, dx.to(DBRANCH.dtype.element_ty), mask=inside)

@@ -50,6 +50,14 @@ def sigmoid(x):
 
 
 @triton.jit
+def softplus(x):
+    """With the digits of small results, too: what ``1 + e`` loses of e is added again."""
+    e = tl.exp(tl.minimum(x, 20.0))
+    u = 1.0 + e
+    return tl.where(x > 20.0, x, tl.log(u) + (e - (u - 1.0)) / u)
+
+
+@triton.jit
 def featured(y, KIND: tl.constexpr):
     """The feature map of y, and its slope."""
     f = y
@@ -155,16 +163,16 @@ def loaded_token(line, logits, MASK, at, i, left, in_d, gated):
 
 @triton.jit
 def _walk(
-    Y, MASK, BEGIN, HISTORY, TAPS, WRITE, QKV, b, start, length, run, y_r, write_r, eps, channel, h, in_d, gated,
-    CHANNELS: tl.constexpr, DK: tl.constexpr, AHEAD: tl.constexpr, TAPS_N: tl.constexpr, MOVE: tl.constexpr,
-    FEATURE: tl.constexpr, NORM: tl.constexpr,
+    Y, MASK, BEGIN, HISTORY, TAPS, WRITE, OUT, b, start, length, run, y_r, write_r, eps, channel, h, in_d, gated, own,
+    row, DK: tl.constexpr, AHEAD: tl.constexpr, TAPS_N: tl.constexpr, MOVE: tl.constexpr, FEATURE: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
-    """Runs of tokens, one after the other, of one head."""
+    """Runs of tokens, one after the other, of one head: its columns ``own`` of OUT, whose rows are ``row`` apart."""
     before: tl.constexpr = max(TAPS_N - 1, 0)
     at = b * length + start
     left = tl.minimum(length - start, run)
     line = Y + at[:, None] * y_r + channel[None, :]
-    out = QKV + at[:, None] * CHANNELS + channel[None, :]
+    out = OUT + at[:, None] * row + own[None, :]
     logits = WRITE
     if WRITE is not None:
         logits = WRITE + at * write_r + h
@@ -199,8 +207,8 @@ def _walk(
                 factor *= tl.where(gated, tl.rsqrt(1.0 + exponential(-logit.to(tl.float32))), 1.0)
             if MASK is not None:
                 factor = tl.where(real(MASK, at + i, live), factor, 0.0)
-            tl.store(out, (f * factor[:, None]).to(QKV.dtype.element_ty), mask=live[:, None] & in_d[None, :])
-            out += CHANNELS
+            tl.store(out, (f * factor[:, None]).to(OUT.dtype.element_ty), mask=live[:, None] & in_d[None, :])
+            out += row
     if MOVE:
         tl.debug_barrier()  # whoever holds the same element must have read it
         for column in tl.static_range(before):
@@ -209,8 +217,8 @@ def _walk(
 
 @triton.jit(do_not_specialize=["length", "blocks", "run"])
 def _shape(
-    Y, MASK, BEGIN, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, QKV, G, RIDGE,
-    NODES, length, blocks, run, y_r, write_r, decay_r, ridge_r, eps,
+    Y, MASK, BEGIN, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, Q, K, V, G,
+    RIDGE, NODES, length, blocks, run, y_r, write_r, decay_r, ridge_r, eps,
     HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, RUNS: tl.constexpr,
     AHEAD: tl.constexpr, TAPS_N: tl.constexpr, MOVE: tl.constexpr, FEATURE: tl.constexpr, NORM: tl.constexpr,
     FIXED: tl.constexpr, ORDER: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, PDL: tl.constexpr,
@@ -242,13 +250,16 @@ def _shape(
         history = HISTORY + (b * channels + channel) * (TAPS_N - 1)
     if is_v:
         _walk(
-            Y, MASK, BEGIN, history, TAPS, WRITE, QKV, b, start, length, run, y_r, write_r, eps, channel, h, in_d,
-            gated, channels, DK, AHEAD, TAPS_N, MOVE, 0, 0,
+            Y, MASK, BEGIN, history, TAPS, WRITE, V, b, start, length, run, y_r, write_r, eps, channel, h, in_d,
+            gated, h * DV + d, HKV * DV, DK, AHEAD, TAPS_N, MOVE, 0, 0,
         )  # fmt: skip
     else:
+        out, row = K, HKV * DK
+        if is_q:
+            out, row = Q, HQ * DK
         _walk(
-            Y, MASK, BEGIN, history, TAPS, WRITE, QKV, b, start, length, run, y_r, write_r, eps, channel, h, in_d,
-            gated, channels, DK, AHEAD, TAPS_N, MOVE, FEATURE, NORM,
+            Y, MASK, BEGIN, history, TAPS, WRITE, out, b, start, length, run, y_r, write_r, eps, channel, h, in_d,
+            gated, h * DK + d, row, DK, AHEAD, TAPS_N, MOVE, FEATURE, NORM,
         )  # fmt: skip
 
     for ahead in range(0, RUNS * run, BT):
@@ -268,8 +279,7 @@ def _shape(
                 else:
                     logit = tl.load(DECAY + at * decay_r + h, mask=live, other=0.0).to(tl.float32)
                     logit += tl.load(DT_BIAS + h).to(tl.float32)
-                    dt = tl.where(logit > 20.0, logit, tl.log(1.0 + tl.exp(tl.minimum(logit, 20.0))))
-                    g = -tl.exp(tl.load(A_LOG + h).to(tl.float32)) * dt
+                    g = -tl.exp(tl.load(A_LOG + h).to(tl.float32)) * softplus(logit)
                 tl.store(G + at * HKV + h, tl.where(real(MASK, at, live), g, 0.0), mask=live)
     if NODES is not None:
         if tl.program_id(0) < HQ:  # they are the same for all tokens
@@ -290,7 +300,7 @@ def runs_of(rows: int, tokens: int, heads: int, size: int, tile: tuple[int, int,
 
 
 class Shaped(NamedTuple):
-    """q ``[B, T, HQ, K]``, k, v, parts of one tensor, and the operator's options: g ``[B, T, HKV]`` or None; of hla_q
+    """q ``[B, T, HQ, K]``, k, v, and the operator's options: g ``[B, T, HKV]`` or None; of hla_q
     order, ridge (a number or ``[B, T, HQ]``) and nodes (``[HQ, order + 1]`` or None). Tensors are float32."""
 
     q: Tensor
@@ -304,6 +314,7 @@ def supports(mixer: HigherOrderLinearAttention) -> bool:
     return (
         mixer.op in ("hla_q", "linear_attn") and mixer.rope_theta is None and mixer.nodes != "token"
         and not mixer.normalize and mixer.backend != "torch"
+        and mixer.has_own("_project", "_coefficients", "_log_decay")
     )  # fmt: skip
 
 
@@ -331,7 +342,7 @@ def shape(
     B, T = qkv.shape[:2]
     heads, kv, K, V = mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.head_v_dim
     new = lambda *size, dtype=torch.float32: torch.empty(*size, dtype=dtype, device=qkv.device)  # noqa: E731
-    out = new(B, T, mixer.channels, dtype=qkv.dtype)
+    q, k, v = (new(B, T, *size, dtype=qkv.dtype) for size in ((heads, K), (kv, K), (kv, V)))
     g = None if mixer.decay == "none" else new(B, T, kv)
     ridges = new(B, T, heads) if mixer.coefficients.get("ridge") in ("head", "token") else None
     nodes = new(heads, mixer.order + 1) if mixer.nodes == "head" else None
@@ -348,15 +359,13 @@ def shape(
         mixer.conv_weight if mixer.conv_size else None, write, decay,
         mixer.A_log if by_token else None, mixer.dt_bias if by_token else None, ridge,
         None if ridges is None else mixer.ridge_head, None if nodes is None else mixer.node_logits,
-        out, g, ridges, nodes, T, blocks, run, row(qkv), row(write), row(decay), row(ridge), float(mixer.norm_eps),
+        q, k, v, g, ridges, nodes, T, blocks, run, row(qkv), row(write), row(decay), row(ridge), float(mixer.norm_eps),
         HQ=heads, HKV=kv, DK=K, DV=V, BD=size, RUNS=runs, AHEAD=ahead,
         TAPS_N=mixer.conv_size, MOVE=move and mixer.conv_size > 1,
         FEATURE=FEATURES[mixer.feature_map], NORM=NORMS[mixer.qk_norm], FIXED=mixer.decay == "fixed",
         ORDER=mixer.order, BN=block(mixer.order + 1), BT=32 if T > 1 else 1,
         warps=1 if T > 1 or size <= 64 else 2, pdl=pdl,
     )  # fmt: skip
-    parts = out.split(mixer.split_sizes, -1)
-    q, k, v = (part.unflatten(-1, (-1, width)) for part, width in zip(parts, (K, K, V), strict=True))
     options: dict[str, Any] = {"g": g}
     if mixer.op == "hla_q":
         constant = mixer.coefficients["ridge"]

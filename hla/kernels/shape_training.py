@@ -1,22 +1,23 @@
-"""What training spends between a layer's projections and its operator, and behind it, in few passes through memory.
+"""What training spends between a layer's projections and its operator, in few passes through memory.
 
-`shaped`: short convolution, feature map, norm and write gate of q, k and v; the forward pass is the kernel of prompts
-(`shape`). `gated_norm`: RMS norm of each head's output, times the output gate. Operation by operation these are about
-300 trips of a tensor ``[B, T, hidden_size]`` through memory, forward and backward; here they are 23. Sums over tokens
-(for weights) are added up in a fixed order. `silu_product` is what the MLP has between its projections.
+`project`: the projections, joined (`hla.joined`), and `shaped`: short convolution, feature map, norm and write gate of
+q, k and v, ridge and decay; the forward pass is the kernel of prompts (`shape`), which reads all of them as columns of
+one tensor, as the backward pass writes all gradients into one. Sums over tokens (for weights) are added up in a fixed
+order. `gates` has what lies behind the operator.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hla.convolution import positions_in_packed
+from hla.convolution import history_after, positions_in_packed
+from hla.joined import joined
 from hla.kernels.configs import block
 from hla.kernels.launch import launch
 from hla.kernels.library import Operation
@@ -34,27 +35,30 @@ from hla.kernels.shape import (
     real,
     runs_of,
     sigmoid,
+    softplus,
+    supports,
     taps_of,
     window_before,
 )
 
 if TYPE_CHECKING:
     from hla.layers import HigherOrderLinearAttention
-    from hla.norm import RMSNorm
 
-NUMBERS = 2048  # of a tile
-STEPS = 16  # tiles a program goes through, and adds up for the gradients of weights
+NUMBERS = 2048  # of a tile of logits
+STEPS = 16  # such tiles a program goes through, and adds up for the gradients of numbers per head, at most
+PROGRAMS = 256  # that have more than one
 GRADIENT = 128, 3, 66  # of `_shape_gradient`, as `TILE` of `shape`
 
 
 @triton.jit
 def _gradient_walk(
-    Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, DTAPS, DWRITE, b, start, length, run, eps, channel, h, in_d, gated,
-    HKV: tl.constexpr, CHANNELS: tl.constexpr, DK: tl.constexpr, AHEAD: tl.constexpr, TAPS_N: tl.constexpr,
+    Y, MASK, BEGIN, TAPS, WRITE, DOUT, DY, DTAPS, DWRITE, b, start, length, run, eps, channel, h, in_d, gated, own,
+    out_row, HKV: tl.constexpr, ROW: tl.constexpr, DK: tl.constexpr, AHEAD: tl.constexpr, TAPS_N: tl.constexpr,
     FEATURE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Runs of tokens of one head, one after the other, and the tokens behind each run that its last ones reach.
 
+    Rows of Y, DY and WRITE are ROW apart, those of DOUT, of which the head has the columns ``own``, ``out_row``.
     DTAPS: a line of each channel, DWRITE: ``[B, T, HKV]``. What the input of a token gets is complete TAPS_N - 1 tokens
     later; ``pending`` has what it has got until then.
     """
@@ -62,15 +66,16 @@ def _gradient_walk(
     behind: tl.constexpr = (before + AHEAD - 1) // AHEAD * AHEAD  # tokens behind a run, in whole steps
     at = b * length + start
     left = tl.minimum(length - start, run + before)
-    own = tl.minimum(length - start, run)
-    here = at[:, None] * CHANNELS + channel[None, :]
-    line, dline, out = Y + here, DOUT + here, DX + here - before * CHANNELS
+    mine = tl.minimum(length - start, run)
+    here = at[:, None] * ROW + channel[None, :]
+    line, out = Y + here, DY + here - before * ROW
+    dline = DOUT + at[:, None] * out_row + own[None, :]
     logits = WRITE
     dlogits = DWRITE
     if WRITE is not None:
-        logits = WRITE + at * HKV + h
+        logits = WRITE + at * ROW + h
         dlogits = DWRITE + at * HKV + h
-    window = window_before(Y, MASK, BEGIN, None, b, start, length, CHANNELS, channel, in_d, before)
+    window = window_before(Y, MASK, BEGIN, None, b, start, length, ROW, channel, in_d, before)
     taps = taps_of(TAPS, channel, in_d, TAPS_N)
     zeros = tl.zeros([start.shape[0], channel.shape[0]], tl.float32)
     pending: tl.tuple = ()
@@ -83,10 +88,10 @@ def _gradient_walk(
     for u in tl.static_range(AHEAD):
         later_x, later_logit, inside = loaded_token(line, logits, MASK, at, u, left, in_d, gated)
         loaded = loaded + ((later_x, tl.load(dline, mask=inside, other=0.0), later_logit),)
-        line += CHANNELS
-        dline += CHANNELS
+        line += ROW
+        dline += out_row
         if WRITE is not None:
-            logits += HKV
+            logits += ROW
     for first in range(0, run + behind, AHEAD):
         if before > 0:
             if first == run:  # (what is added from here on is other runs')
@@ -112,7 +117,7 @@ def _gradient_walk(
             if WRITE is not None:
                 e = exponential(tl.minimum(-logit.to(tl.float32), 80.0))
                 share = tl.rsqrt(1.0 + e)
-                tl.store(dlogits, dot * r * (0.5 * e * share * share * share), mask=(i < own) & gated)
+                tl.store(dlogits, dot * r * (0.5 * e * share * share * share), mask=(i < mine) & gated)
                 factor *= tl.where(gated, share, 1.0)
             dy = dout * factor[:, None]
             if NORM == 1:
@@ -137,15 +142,15 @@ def _gradient_walk(
                     sums = sums + (pending[s] + given * taps[s],)
                 dx = sums[0]
                 pending = sums[1:]
-            live = (i - before < own) & (start + i - before >= start)
+            live = (i - before < mine) & (start + i - before >= start)
             if MASK is not None:
                 dx = tl.where(real(MASK, at + i - before, live)[:, None], dx, 0.0)
-            tl.store(out, dx.to(DX.dtype.element_ty), mask=live[:, None] & in_d[None, :])
-            line += CHANNELS
-            dline += CHANNELS
-            out += CHANNELS
+            tl.store(out, dx.to(DY.dtype.element_ty), mask=live[:, None] & in_d[None, :])
+            line += ROW
+            dline += out_row
+            out += ROW
             if WRITE is not None:
-                logits += HKV
+                logits += ROW
                 dlogits += HKV
     if TAPS_N == 1:
         _store_sums(DTAPS, dtaps, in_d, TAPS_N)
@@ -159,12 +164,12 @@ def _store_sums(DTAPS, dtaps, in_d, TAPS_N: tl.constexpr):
 
 @triton.jit(do_not_specialize=["length", "blocks", "run"])
 def _shape_gradient(
-    Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, DTAPS, DWRITE, length, blocks, run, eps,
-    HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BD: tl.constexpr, RUNS: tl.constexpr,
-    AHEAD: tl.constexpr, TAPS_N: tl.constexpr, FEATURE: tl.constexpr, NORM: tl.constexpr,
+    Y, MASK, BEGIN, TAPS, WRITE, DOUT_Q, DOUT_K, DOUT_V, DY, DTAPS, DWRITE, length, blocks, run, eps,
+    HQ: tl.constexpr, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ROW: tl.constexpr, BD: tl.constexpr,
+    RUNS: tl.constexpr, AHEAD: tl.constexpr, TAPS_N: tl.constexpr, FEATURE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the inputs to DX, of the taps to DTAPS ``[B * blocks, channels, TAPS_N]``, to be added up, and of
-    the write gate's logits to DWRITE ``[2 (k, v), B, T, HKV]``, likewise.
+    """The gradient of the inputs to the first columns of DY, of the taps to DTAPS ``[B * blocks, channels, TAPS_N]``,
+    to be added up, and of the write gate's logits to DWRITE ``[2 (k, v), B, T, HKV]``, likewise.
 
     One program per row, RUNS runs of ``run`` tokens, and head of q, k and v.
     """
@@ -186,238 +191,291 @@ def _shape_gradient(
         dwrite = DWRITE
         if WRITE is not None:
             dwrite = DWRITE + tl.cast(length, tl.int64) * (tl.num_programs(0) // (heads * blocks)) * HKV
+        h = j - HQ - HKV
         _gradient_walk(
-            Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, sums, dwrite, b, start, length, run, eps, channel,
-            j - HQ - HKV, in_d, gated, HKV, channels, DK, AHEAD, TAPS_N, 0, 0,
+            Y, MASK, BEGIN, TAPS, WRITE, DOUT_V, DY, sums, dwrite, b, start, length, run, eps, channel, h, in_d, gated,
+            h * DV + d, HKV * DV, HKV, ROW, DK, AHEAD, TAPS_N, 0, 0,
         )  # fmt: skip
     else:
+        h, dout, out_row = j - HQ, DOUT_K, HKV * DK
+        if j < HQ:
+            h, dout, out_row = j, DOUT_Q, HQ * DK
         _gradient_walk(
-            Y, MASK, BEGIN, TAPS, WRITE, DOUT, DX, sums, DWRITE, b, start, length, run, eps, channel,
-            j - HQ, in_d, gated, HKV, channels, DK, AHEAD, TAPS_N, FEATURE, NORM,
+            Y, MASK, BEGIN, TAPS, WRITE, dout, DY, sums, DWRITE, b, start, length, run, eps, channel, h, in_d, gated,
+            h * DK + d, out_row, HKV, ROW, DK, AHEAD, TAPS_N, FEATURE, NORM,
         )  # fmt: skip
 
 
-def _plan(mixer: HigherOrderLinearAttention) -> str:
-    words = (
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _logit_gradient(
+    Y, MASK, RIDGE_HEAD, A_LOG, DT_BIAS, DWRITE, DRIDGE, DG, DY, DRIDGE_HEAD, DA_LOG, DDT_BIAS, rows, steps,
+    HQ: tl.constexpr, HKV: tl.constexpr, ROW: tl.constexpr, WRITE: tl.constexpr, RIDGE: tl.constexpr,
+    DECAY: tl.constexpr, END: tl.constexpr, BQ: tl.constexpr, BKV: tl.constexpr, BP: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """The gradients of the logits to DY, where they begin with the columns WRITE, RIDGE and DECAY and end with END (the
+    rest of its columns becomes 0), and those of the numbers per head to ``[programs, heads]``, to be added up.
+
+    DWRITE: ``[2 (k, v), rows, HKV]``, to be added up. Without DWRITE, DG or logits of the ridge (RIDGE = END) there are
+    no such columns.
+    """
+    h, hq, pad = tl.arange(0, BKV), tl.arange(0, BQ), END + tl.arange(0, BP)
+    in_h, in_hq = h < HKV, hq < HQ
+    dhead = tl.zeros([BQ], tl.float32)
+    da_log = tl.zeros([BKV], tl.float32)
+    dbias = tl.zeros([BKV], tl.float32)
+    for step in range(0, steps):
+        row = tl.cast(tl.program_id(0), tl.int64) * (steps * BT) + step * BT + tl.arange(0, BT)
+        line = row[:, None] * ROW
+        there = (row < rows)[:, None]
+        live = there & in_h[None, :]
+        of_head = row[:, None] * HKV + h[None, :]
+        if DWRITE is not None:
+            d = tl.load(DWRITE + of_head, mask=live, other=0.0)
+            d += tl.load(DWRITE + tl.cast(rows, tl.int64) * HKV + of_head, mask=live, other=0.0)
+            tl.store(DY + line + (WRITE + h)[None, :], d.to(DY.dtype.element_ty), mask=live)
+        if DG is not None:
+            z = tl.load(Y + line + (DECAY + h)[None, :], mask=live, other=0.0).to(tl.float32)
+            z += tl.load(DT_BIAS + h, mask=in_h, other=0.0).to(tl.float32)[None, :]
+            rate = tl.exp(tl.load(A_LOG + h, mask=in_h, other=0.0).to(tl.float32))[None, :]
+            dg = tl.load(DG + of_head, mask=real(MASK, row, row < rows)[:, None] & in_h[None, :], other=0.0)
+            dg = -rate * dg.to(tl.float32)
+            dz = dg * sigmoid(z)
+            tl.store(DY + line + (DECAY + h)[None, :], dz.to(DY.dtype.element_ty), mask=live)
+            da_log += tl.sum(dg * softplus(z), 0)
+            dbias += tl.sum(dz, 0)
+        if DRIDGE is not None:
+            live = there & in_hq[None, :]
+            z = tl.load(RIDGE_HEAD + hq, mask=in_hq, other=0.0).to(tl.float32)[None, :]
+            if RIDGE < END:
+                z += tl.load(Y + line + (RIDGE + hq)[None, :], mask=live, other=0.0).to(tl.float32)
+            dz = tl.load(DRIDGE + row[:, None] * HQ + hq[None, :], mask=live, other=0.0).to(tl.float32)
+            dz = tl.where(tl.abs(z) <= 12.0, dz * tl.exp(tl.minimum(z, 12.0)), 0.0)
+            if RIDGE < END:
+                tl.store(DY + line + (RIDGE + hq)[None, :], dz.to(DY.dtype.element_ty), mask=live)
+            dhead += tl.sum(dz, 0)
+        if END < ROW:
+            zero = tl.zeros([BT, BP], DY.dtype.element_ty)
+            tl.store(DY + line + pad[None, :], zero, mask=there & (pad < ROW)[None, :])
+    if DG is not None:
+        tl.store(DA_LOG + tl.program_id(0) * HKV + h, da_log, mask=in_h)
+        tl.store(DDT_BIAS + tl.program_id(0) * HKV + h, dbias, mask=in_h)
+    if DRIDGE is not None:
+        tl.store(DRIDGE_HEAD + tl.program_id(0) * HQ + hq, dhead, mask=in_hq)
+
+
+NONE, HEAD, TOKEN = 0, 1, 2  # where a coefficient is from: a number per head (or constants), and logits of each token
+
+
+class _Plan(NamedTuple):
+    """What the kernels must know of a layer. write, ridge, decay: NONE if the layer has no such thing, or if it is not
+    theirs to compute."""
+
+    HQ: int
+    HKV: int
+    DK: int
+    DV: int
+    FEATURE: int
+    NORM: int
+    write: int
+    ridge: int
+    decay: int
+    eps: float
+
+    @property
+    def channels(self) -> int:
+        return (self.HQ + self.HKV) * self.DK + self.HKV * self.DV
+
+    @property
+    def columns(self) -> tuple[int, int, int, int]:
+        """Where the logits of write gate, ridge and decay begin among the columns of a row, and where they end."""
+        write = self.channels
+        ridge = write + (self.HKV if self.write == TOKEN else 0)
+        decay = ridge + (self.HQ if self.ridge == TOKEN else 0)
+        return write, ridge, decay, decay + (self.HKV if self.decay == TOKEN else 0)
+
+    @property
+    def results(self) -> int:
+        """q, k and v, and those of ridge and g that there are."""
+        return 3 + (self.ridge != NONE) + (self.decay != NONE)
+
+
+def _plan(mixer: HigherOrderLinearAttention) -> _Plan:
+    kinds = {"head": HEAD, "fixed": HEAD, "token": TOKEN}
+    whole = supports(mixer)
+    return _Plan(
         mixer.num_heads, mixer.num_kv_heads, mixer.head_dim, mixer.head_v_dim, FEATURES[mixer.feature_map],
-        NORMS[mixer.qk_norm], float(mixer.norm_eps),
+        NORMS[mixer.qk_norm], TOKEN if mixer.write_gate else NONE,
+        kinds.get(str(mixer.coefficients.get("ridge")), NONE) if whole else NONE,
+        kinds.get(mixer.decay, NONE) if whole else NONE, float(mixer.norm_eps),
     )  # fmt: skip
-    return "|".join(map(str, words))
 
 
-def _decode(plan: str) -> tuple[dict[str, int], float]:
+def _decode(plan: str) -> _Plan:
     *numbers, eps = plan.split("|")
-    names = ("HQ", "HKV", "DK", "DV", "FEATURE", "NORM")
-    return dict(zip(names, map(int, numbers), strict=True)), float(eps)
+    return _Plan(**dict(zip(_Plan._fields, map(int, numbers), strict=False)), eps=float(eps))
 
 
-def _forward(plan: str, x, taps, write, mask, begin, *, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-    (B, T, channels), (c, eps) = x.shape, _decode(plan)
-    out = x.new_empty(B, T, channels)
-    if x.numel():
-        heads, size = c["HQ"] + 2 * c["HKV"], block(max(c["DK"], c["DV"]))
+def _results(p: _Plan, y: Tensor) -> tuple[list[Tensor], Tensor | None, Tensor | None]:
+    """Tensors for q, k, v, and for ridge and g."""
+    q, k, v = (y.new_empty(*y.shape[:2], *size) for size in ((p.HQ, p.DK), (p.HKV, p.DK), (p.HKV, p.DV)))
+    wide = lambda heads: y.new_empty(*y.shape[:2], heads, dtype=torch.float32)  # noqa: E731
+    return [q, k, v], wide(p.HQ) if p.ridge else None, wide(p.HKV) if p.decay else None
+
+
+def _forward(plan: str, y, taps, ridge_head, a_log, dt_bias, mask, begin, *, keep) -> tuple[list[Tensor], list[Tensor]]:
+    (B, T, row), p = y.shape, _decode(plan)
+    parts, ridge, g = _results(p, y)
+    if y.numel():
+        at_write, at_ridge, at_decay, _ = p.columns
+        heads, size = p.HQ + 2 * p.HKV, block(max(p.DK, p.DV))
         runs, run, blocks, ahead = runs_of(B, T, heads, size, TILE)
         launch(
             _shape, B * blocks * heads,
-            x, mask, begin, None, taps, write, None, None, None, None, None, None, out, None, None, None,
+            y, mask, begin, None, taps, y[..., at_write:] if p.write else None,
+            y[..., at_decay:] if p.decay == TOKEN else None, a_log, dt_bias,
+            y[..., at_ridge:] if p.ridge == TOKEN else None, ridge_head, None, *parts, g, ridge, None,
             # (no strides of tensors: that of a dimension of size 1 says nothing)
-            T, blocks, run, channels, c["HKV"], 0, 0, eps,
-            HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, RUNS=runs, AHEAD=ahead,
-            TAPS_N=0 if taps is None else taps.shape[1], MOVE=False, FEATURE=c["FEATURE"],
-            NORM=c["NORM"], FIXED=False, ORDER=0, BN=16, BT=32, warps=1,
+            T, blocks, run, row, row, row, row, p.eps,
+            HQ=p.HQ, HKV=p.HKV, DK=p.DK, DV=p.DV, BD=size, RUNS=runs, AHEAD=ahead,
+            TAPS_N=0 if taps is None else taps.shape[1], MOVE=False, FEATURE=p.FEATURE,
+            NORM=p.NORM, FIXED=p.decay == HEAD, ORDER=0, BN=16, BT=32, warps=1,
         )  # fmt: skip
-    return [out], []
+    return [*parts, *(x for x in (ridge, g) if x is not None)], []
 
 
-def _fake(plan: str, x, taps, write, mask, begin) -> tuple[list[Tensor], list[Tensor]]:
-    return [x.new_empty(x.shape)], []
+def _fake(plan: str, y, *others) -> tuple[list[Tensor], list[Tensor]]:
+    parts, ridge, g = _results(_decode(plan), y)
+    return [*parts, *(x for x in (ridge, g) if x is not None)], []
 
 
 def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
-    x, taps, write, mask, begin = tensors
-    (B, T, channels), (c, eps) = x.shape, _decode(plan)
+    y, taps, ridge_head, a_log, dt_bias, mask, begin = tensors
+    (B, T, row), p = y.shape, _decode(plan)
     n = 0 if taps is None else taps.shape[1]
-    dout = grads[0].contiguous()
-    heads, size = c["HQ"] + 2 * c["HKV"], block(max(c["DK"], c["DV"]))
+    shapes = [(p.HQ, p.DK), (p.HKV, p.DK), (p.HKV, p.DV)] + [(p.HQ,)] * bool(p.ridge) + [(p.HKV,)] * bool(p.decay)
+    douts = [  # (those of unused results are None)
+        y.new_zeros(B, T, *shape) if dout is None else dout.contiguous()
+        for shape, dout in zip(shapes, grads, strict=True)
+    ]
+    dridge = douts[3] if p.ridge else None
+    dg = douts[-1] if p.decay == TOKEN else None
+    heads, size = p.HQ + 2 * p.HKV, block(max(p.DK, p.DV))
     runs, run, blocks, ahead = runs_of(B, T, heads, size, GRADIENT)
-    new = lambda *shape, dtype=torch.float32: torch.empty(*shape, dtype=dtype, device=x.device)  # noqa: E731
-    dx = new(B, T, channels, dtype=x.dtype)
-    dtaps = new(B * blocks, channels, n) if n else None
-    dwrite = None if write is None else new(2, B, T, c["HKV"])
-    if x.numel():
+    new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=y.device)  # noqa: E731
+    dy = torch.empty_like(y)
+    dtaps = new(B * blocks, p.channels, n) if n else None
+    dwrite = new(2, B, T, p.HKV) if p.write else None
+    at_write, at_ridge, at_decay, end = p.columns
+    wide = block(max(p.HQ, p.HKV))
+    tokens = max(1, NUMBERS // wide)
+    steps = max(1, min(STEPS, B * T // tokens // PROGRAMS))
+    programs = -(-B * T // (tokens * steps))
+    dhead = new(programs, p.HQ) if p.ridge else None
+    da_log, dbias = (new(programs, p.HKV) if p.decay == TOKEN else None for _ in range(2))
+    if y.numel():
         launch(
             _shape_gradient, B * blocks * heads,
-            x, mask, begin, taps, write, dout, dx, dtaps, dwrite, T, blocks, run, eps,
-            HQ=c["HQ"], HKV=c["HKV"], DK=c["DK"], DV=c["DV"], BD=size, RUNS=runs, AHEAD=ahead,
-            TAPS_N=n, FEATURE=c["FEATURE"], NORM=c["NORM"], warps=1,
+            y, mask, begin, taps, y[..., at_write:] if p.write else None, *douts[:3], dy, dtaps, dwrite, T, blocks, run,
+            p.eps, HQ=p.HQ, HKV=p.HKV, DK=p.DK, DV=p.DV, ROW=row, BD=size, RUNS=runs, AHEAD=ahead,
+            TAPS_N=n, FEATURE=p.FEATURE, NORM=p.NORM, warps=1,
         )  # fmt: skip
-    found = [
-        dx,
-        None if dtaps is None else dtaps.sum(0).to(taps.dtype),
-        None if dwrite is None else dwrite.sum(0).to(write.dtype),
-        None,
-        None,
-    ]
-    return [y if need else None for y, need in zip(found, needed, strict=True)]
+        if row > p.channels or p.ridge:
+            launch(
+                _logit_gradient, programs,
+                y, mask, ridge_head, a_log, dt_bias, dwrite, dridge, dg, dy, dhead, da_log, dbias, B * T, steps,
+                HQ=p.HQ, HKV=p.HKV, ROW=row, WRITE=at_write, RIDGE=at_ridge if p.ridge == TOKEN else end,
+                DECAY=at_decay, END=end, BQ=block(p.HQ), BKV=block(p.HKV), BP=block(row - end), BT=tokens, warps=4,
+            )  # fmt: skip
+    sums = zip((dtaps, dhead, da_log, dbias), tensors[1:5], strict=True)
+    found = [dy, *(None if d is None else d.sum(0).to(x.dtype) for d, x in sums), None, None]
+    return [x if need else None for x, need in zip(found, needed, strict=True)]
 
 
-_operation = Operation("shape", _forward, _fake, _backward, lambda plan: 1)
+_operation = Operation("shape", _forward, _fake, _backward, lambda plan: _decode(plan).results)
 
 
 def shaped(
     mixer: HigherOrderLinearAttention,
-    qkv: Tensor,
-    write: Tensor | None,
+    y: Tensor,
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
     history: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q ``[B, T, HQ, K]``, k and v of a layer without rope and own inner query, parts of one tensor, differentiable.
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """q ``[B, T, HQ, K]``, k, v of a layer without rope and own inner query; ridge ``[B, T, HQ]`` and g ``[B, T, HKV]``
+    in float32, None if it has none per head or token (or `shape.supports` no such layer). Differentiable.
 
     Args:
-        qkv: ``[B, T, channels]``. write: logits of the write gate ``[B, T, HKV]``, or None. mask: ``[B, T, 1]``, false
-            at pads, or None. cu_seqlens: borders of packed sequences, which the convolution does not cross.
+        y: ``[B, T, N]``: channels of q, k and v, then the logits of the write gate ``[HKV]`` and, if `shape.supports`
+            the layer, of ridge ``[HQ]`` and decay ``[HKV]``, each if there are any per token; the rest is not read.
+        mask: ``[B, T, 1]``, false at pads, or None. cu_seqlens: borders of packed sequences, which the convolution does
+            not cross.
         history: ``[B, channels, conv_size - 1]``, what the convolution saw before; not with cu_seqlens.
     """
-    before = 0
+    p, before = _plan(mixer), 0
     if history is not None and history.shape[2]:  # as more tokens in front, whose results are left out
         before = history.shape[2]
-        qkv = torch.cat([history.mT.to(qkv.dtype), qkv], 1)
-        write = None if write is None else F.pad(write, (0, 0, before, 0))
+        y = torch.cat([F.pad(history.mT.to(y.dtype), (0, y.shape[2] - p.channels)), y], 1)
         mask = None if mask is None else F.pad(mask, (0, 0, before, 0), value=True)
     begin = None
     if cu_seqlens is not None and mixer.conv_size > 1:
-        begin = torch.arange(qkv.shape[1], device=qkv.device) - positions_in_packed(cu_seqlens, qkv.shape[1])[1]
+        begin = torch.arange(y.shape[1], device=y.device) - positions_in_packed(cu_seqlens, y.shape[1])[1]
         begin = begin.int()
-    (out,) = _operation(
-        _plan(mixer), 1, qkv.contiguous(), mixer.conv_weight if mixer.conv_size else None,
-        None if write is None else write.contiguous(), None if mask is None else mask.contiguous(), begin,
+    by_token = p.decay == TOKEN
+    q, k, v, *more = _operation(
+        "|".join(map(str, p)), p.results, y.contiguous(), mixer.conv_weight if mixer.conv_size else None,
+        mixer.get_parameter("ridge_head") if p.ridge else None,
+        mixer.A_log if by_token else None, mixer.dt_bias if by_token else None,
+        None if mask is None else mask.contiguous(), begin,
     )  # fmt: skip
-    q, k, v = out[:, before:].split(mixer.split_sizes, -1)
-    dims = mixer.head_dim, mixer.head_dim, mixer.head_v_dim
-    q, k, v = (part.unflatten(-1, (-1, dim)) for part, dim in zip((q, k, v), dims, strict=True))
-    return q, k, v
+    ridge = more[0] if p.ridge else None
+    g = more[-1] if p.decay else None
+    if g is not None and not by_token:
+        g = g.detach()  # constants
+    if before:
+        q, k, v = (x[:, before:] for x in (q, k, v))
+        ridge, g = (None if x is None else x[:, before:] for x in (ridge, g))
+    return q, k, v, ridge, g
 
 
-@triton.jit(do_not_specialize=["rows", "steps"])
-def _gated_norm(
-    X, GATE, WEIGHT, OUT, DOUT, DO, DGATE, DWEIGHT, rows, steps, eps,
-    D: tl.constexpr, BD: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    """``rms_norm(o) weight silu(gate)`` of rows of D numbers to OUT, or with DOUT its gradients; DWEIGHT
-    ``[programs, D]``."""
-    d = tl.arange(0, BD)
-    in_d = d < D
-    weight = tl.load(WEIGHT + d, mask=in_d, other=0.0).to(tl.float32)[None, :]
-    dweight = tl.zeros([BD], tl.float32)
-    for step in range(0, steps):
-        row = tl.cast(tl.program_id(0), tl.int64) * (steps * BT) + step * BT + tl.arange(0, BT)
-        inside = (row < rows)[:, None] & in_d[None, :]
-        at = row[:, None] * D + d[None, :]
-        n = tl.load(X + at, mask=inside, other=0.0).to(tl.float32)
-        r = tl.rsqrt(tl.sum(n * n, 1) / D + eps)[:, None]
-        n *= r
-        gate = tl.full([BT, BD], 1.0, tl.float32)
-        if GATE is not None:
-            z = tl.load(GATE + at, mask=inside, other=0.0).to(tl.float32)
-            s = sigmoid(z)
-            gate = z * s
-        if DOUT is None:
-            tl.store(OUT + at, (n * weight * gate).to(OUT.dtype.element_ty), mask=inside)
+def project(
+    mixer: HigherOrderLinearAttention,
+    x: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    history: Tensor | None,
+    wants_history: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, dict[str, Any], Tensor | None]:
+    """q, k, v, the history of the convolution for what follows, the operator's options, and the output gate's logits
+    (``[B, T, N]``, of which `gated_norm` reads the first columns), which under sequence parallelism are None: there
+    they are computed while summaries travel.
+
+    Args:
+        x: ``[B, T, hidden_size]``. mask: ``[B, T, 1]``, false at pads, or None. cu_seqlens: borders of packed
+            sequences; with them no history, and none wanted.
+        history: of what was before, ``[B, channels, conv_size - 1]``, or None.
+    """
+    whole, parallel = supports(mixer), mixer.sequence_parallel
+    linears: list[nn.Module] = [mixer.qkv_proj]
+    linears += [mixer.write_proj] if mixer.write_gate else []
+    if whole:
+        linears += [mixer.get_submodule("ridge_proj")] if mixer.coefficients.get("ridge") == "token" else []
+        linears += [mixer.decay_proj] if mixer.decay == "token" else []
+    gates = [mixer.gate_proj] if mixer.gate_proj is not None and parallel is None else []
+    y, *gate = joined(x, [linears, gates] if gates else [linears])
+    before, conv = max(0, mixer.conv_size - 1), None
+    if mixer.conv_size and (wants_history or parallel is not None):
+        last = y[:, max(0, y.shape[1] - before) :, : mixer.channels]
+        last = last if mask is None else last * mask[:, mask.shape[1] - last.shape[1] :]
+        if parallel is not None:
+            history, conv = parallel.convolution_history(last, y.shape[1], before, history)
         else:
-            dout = tl.load(DOUT + at, mask=inside, other=0.0).to(tl.float32)
-            if GATE is not None:
-                dz = dout * n * weight * (s * (1.0 + z * (1.0 - s)))
-                tl.store(DGATE + at, dz.to(DGATE.dtype.element_ty), mask=inside)
-            dout *= gate
-            dweight += tl.sum(dout * n, 0)
-            dout *= weight
-            do = r * (dout - n * (tl.sum(dout * n, 1) / D)[:, None])
-            tl.store(DO + at, do.to(DO.dtype.element_ty), mask=inside)
-    if DOUT is not None:
-        tl.store(DWEIGHT + tl.program_id(0) * D + d, dweight, mask=in_d)
-
-
-def _run_gated_norm(plan: str, o: Tensor, gate: Tensor | None, weight: Tensor, dout: Tensor | None) -> list[Any]:
-    """[output], or with its gradient [those of o, gate, weight]."""
-    D, size = o.shape[-1], block(o.shape[-1])
-    rows, tokens = o.numel() // D, max(1, NUMBERS // size)
-    steps = 1 if dout is None else max(1, min(STEPS, rows // tokens // 256))
-    programs = -(-rows // (tokens * steps))
-    results: list[Any] = [torch.empty_like(o)]
-    if dout is not None:
-        results += [None if gate is None else torch.empty_like(gate), o.new_empty(programs, D, dtype=torch.float32)]
-    if rows:
-        pointers = (results[0], None, None, None, None) if dout is None else (None, dout, *results)
-        launch(
-            _gated_norm, programs, o, gate, weight, *pointers, rows, steps, float(plan),
-            D=D, BD=size, BT=tokens, warps=4,
-        )  # fmt: skip
-    return results
-
-
-def _norm_backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
-    o, gate, weight = tensors
-    do, dgate, dweight = _run_gated_norm(plan, o, gate, weight, grads[0].contiguous())
-    found = [do, dgate, dweight.sum(0).to(weight.dtype)]
-    return [y if need else None for y, need in zip(found, needed, strict=True)]
-
-
-_norm_operation = Operation(
-    "gated_norm",
-    lambda plan, o, gate, weight, *, keep: (_run_gated_norm(plan, o, gate, weight, None), []),
-    lambda plan, o, gate, weight: ([o.new_empty(o.shape)], []),
-    _norm_backward,
-    lambda plan: 1,
-)
-
-
-def gated_norm(norm: RMSNorm, o: Tensor, gate: Tensor | None) -> Tensor:
-    """``norm(o).flatten(2) * silu(gate)``: o ``[B, T, H, D]``, gate ``[B, T, H D]`` or None, in the dtype of o."""
-    (out,) = _norm_operation(
-        repr(norm.eps), 1, o.contiguous(), None if gate is None else gate.contiguous(), norm.shared_weight()
-    )
-    return out.flatten(2)
-
-
-@triton.jit
-def _silu_product(A, B, OUT, DOUT, DA, DB, numbers, N: tl.constexpr):
-    """``silu(a) b`` to OUT, or with DOUT its gradients."""
-    at = tl.cast(tl.program_id(0), tl.int64) * N + tl.arange(0, N)
-    live = at < numbers
-    a = tl.load(A + at, mask=live, other=0.0).to(tl.float32)
-    b = tl.load(B + at, mask=live, other=0.0).to(tl.float32)
-    s = sigmoid(a)
-    if DOUT is None:
-        tl.store(OUT + at, (a * s * b).to(OUT.dtype.element_ty), mask=live)
-    else:
-        dout = tl.load(DOUT + at, mask=live, other=0.0).to(tl.float32)
-        tl.store(DA + at, (dout * b * (s * (1.0 + a * (1.0 - s)))).to(DA.dtype.element_ty), mask=live)
-        tl.store(DB + at, (dout * a * s).to(DB.dtype.element_ty), mask=live)
-
-
-def _run_silu_product(a: Tensor, b: Tensor, dout: Tensor | None) -> list[Tensor]:
-    results = [torch.empty_like(a)] if dout is None else [torch.empty_like(a), torch.empty_like(b)]
-    pointers = (*results, None, None, None) if dout is None else (None, dout, *results)
-    launch(_silu_product, -(-a.numel() // NUMBERS), a, b, *pointers, a.numel(), N=NUMBERS, warps=4)
-    return results
-
-
-def _product_backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
-    a, b = tensors
-    found = _run_silu_product(a, b, grads[0].contiguous())
-    return [y if need else None for y, need in zip(found, needed, strict=True)]
-
-
-_product_operation = Operation(
-    "silu_product",
-    lambda plan, a, b, *, keep: (_run_silu_product(a, b, None), []),
-    lambda plan, a, b: ([a.new_empty(a.shape)], []),
-    _product_backward,
-    lambda plan: 1,
-)
-
-
-def silu_product(a: Tensor, b: Tensor) -> Tensor:
-    """``silu(a) * b``, of tensors of one shape and dtype."""
-    return _product_operation("", 1, a.contiguous(), b.contiguous())[0]
+            conv = history_after(history, last, before)
+    q, k, v, ridge, g = shaped(mixer, y, mask, cu_seqlens, history)
+    options: dict[str, Any] = {"g": g}
+    if not whole:
+        options = {"g": mixer._log_decay(x, mask), **mixer._coefficients(x, k)}
+        options |= {} if mixer.p is None else {"p": mixer.p}
+    elif mixer.op == "hla_q":
+        options["ridge"] = float(mixer.coefficients["ridge"]) if ridge is None else ridge
+        options["nodes"] = mixer._nodes(x)
+    return q, k, v, conv, options, gate[0] if gate else None

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.utils import can_return_tuple
 
 from hla.convolution import positions_in_packed
+from hla.joined import has_kernels, joinable, joined
 from hla.layers import HigherOrderLinearAttention
 from hla.models.cache_hla import HLACache
 from hla.models.configuration_hla import HLAConfig
@@ -130,17 +131,23 @@ class HLAMLP(nn.Module):
         self.hidden_act, self.act = config.hidden_act, ACT2FN[config.hidden_act]
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = project(self.gate_proj, x), project(self.up_proj, x)
-        fuses = gate.is_cuda and HAS_TRITON and self.hidden_act in ("silu", "swish") and gate.dtype != torch.float64
-        if fuses and not torch.compiler.is_compiling():  # (which fuses for itself)
-            from hla.kernels.shape_training import silu_product
+        # (Under torch.compile, which fuses for itself, operation by operation.)
+        if has_kernels(x) and self.hidden_act in ("silu", "swish") and not torch.compiler.is_compiling():
+            from hla.kernels.gates import silu_of_halves, silu_product
 
-            return self.down_proj(silu_product(gate, up))
-        return project(self.down_proj, self.act(gate) * up)
+            both = [self.gate_proj, self.up_proj]
+            if joinable(x, both):
+                return self.down_proj(silu_of_halves(joined(x, [both])[0], self.gate_proj.out_features))
+            return self.down_proj(silu_product(project(self.gate_proj, x), project(self.up_proj, x)))
+        return project(self.down_proj, self.act(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
 class HLABlock(GradientCheckpointingLayer):
-    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``."""
+    """``x + mixer(norm(x))``, then ``x + mlp(norm(x))``.
+
+    While a model trains on a GPU, the last sum is left to the norm behind it (`RMSNorm.residual`), which is that of the
+    next block: with ``apart`` the two summands are returned, and ``branch`` is the second one of the block before.
+    """
 
     def __init__(self, config: HLAConfig, layer_idx: int):
         super().__init__()
@@ -164,10 +171,12 @@ class HLABlock(GradientCheckpointingLayer):
         cos_sin: tuple[Tensor, Tensor] | None = None,
         cu_seqlens: Tensor | None = None,
         past_key_values: HLACache | None = None,
-    ) -> Tensor:
+        branch: Tensor | None = None,
+        apart: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(self.mixer, HLAAttention):
             assert cos_sin is not None
-            hidden_states, x = self.input_layernorm.residual(hidden_states)
+            hidden_states, x = self.input_layernorm.residual(hidden_states, branch)
             x = self.mixer(x, cos_sin, attention_mask, cu_seqlens, past_key_values)
         else:
             length = hidden_states.shape[1]
@@ -182,7 +191,7 @@ class HLABlock(GradientCheckpointingLayer):
 
                     if fits(self, hidden_states):
                         return token(self, hidden_states, state, attention_mask)
-            hidden_states, x = self.input_layernorm.residual(hidden_states)
+            hidden_states, x = self.input_layernorm.residual(hidden_states, branch)
             x, _ = self.mixer(
                 x,
                 attention_mask=attention_mask,
@@ -192,7 +201,8 @@ class HLABlock(GradientCheckpointingLayer):
                 out_state=state,
             )
         hidden_states, x = self.post_attention_layernorm.residual(hidden_states, x)
-        return hidden_states + self.mlp(x)
+        x = self.mlp(x)
+        return (hidden_states, x) if apart else hidden_states + x
 
 
 class HLAPreTrainedModel(PreTrainedModel):
@@ -341,8 +351,10 @@ class HLAModel(HLAPreTrainedModel):
             theta = self.config.rope_parameters["rope_theta"]
             cos_sin = rope_cos_sin(position_ids, self.config.head_dim, theta, inputs_embeds.dtype)
 
-        x = inputs_embeds
+        x, branch = inputs_embeds, None
         seen = [x]
+        # (A block that is computed again keeps its inputs: one rather than two.)
+        apart = self.training and has_kernels(x) and not (output_hidden_states or self.gradient_checkpointing)
         for block in self.layers:
             x = block(
                 x,
@@ -351,11 +363,17 @@ class HLAModel(HLAPreTrainedModel):
                 cos_sin=cos_sin,
                 cu_seqlens=cu_seq_lens_q,
                 past_key_values=past_key_values,
+                branch=branch,
+                apart=apart,
             )
-            seen.append(x)
+            if apart:
+                x, branch = x
+            if output_hidden_states:
+                seen.append(x)
         if past_key_values is not None:
             past_key_values.advance(length if parallel is None else parallel.borders(length)[-1])
-        x = seen[-1] = self.norm(x)
+        x = self.norm.residual(x, branch)[1]
+        seen[-1] = x
         if x.shape[:2] != (batch, length):  # rows that became one; else the very tensors, whose gradients can be kept
             x, seen = x.reshape(batch, length, -1), [h.reshape(batch, length, -1) for h in seen]
         return BaseModelOutputWithPast(

@@ -198,9 +198,10 @@ def launches_of_training(capability: int, _: str, D: int, dtype: str) -> list:
     import torch
 
     from hla import HigherOrderLinearAttention
+    from hla.kernels.gates import gated_norm, silu_of_halves, silu_product
     from hla.kernels.moment import moments_of_keys
     from hla.kernels.residual_norm import residual_norm
-    from hla.kernels.shape_training import gated_norm, shaped, silu_product
+    from hla.kernels.shape_training import shaped
     from hla.norm import RMSNorm
     from tests.kernels.offline import record
 
@@ -209,12 +210,13 @@ def launches_of_training(capability: int, _: str, D: int, dtype: str) -> list:
     layer = HigherOrderLinearAttention(2 * D, 2)
 
     def everything() -> None:
-        q, k, v = shaped(layer, new(layer.channels), new(2), None, None)
+        q, k, v, ridge, g = shaped(layer, new(layer.channels + 64), None, None)
         o, gate = new(2, D), new(2 * D)
         S, P = moments_of_keys(k, v, new(2))
         out = gated_norm(RMSNorm(D, eps=1e-6), o, gate) * silu_product(gate, q.flatten(2))
+        out = out * silu_of_halves(new(4 * D), 2 * D)
         stream, normed = residual_norm(new(16 * D).float(), new(16 * D), torch.ones(16 * D), 1e-6, o.dtype)
-        (out.sum() + S.sum() + P.sum() + (stream * normed).sum()).backward()
+        (out.sum() + S.sum() + P.sum() + (stream * normed).sum() + ridge.sum() + g.sum()).backward()
 
     return record(everything)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hla import HLAConfig
+from hla.models import HLAForCausalLM, modeling_hla
 from hla.models.modeling_hla import HLABlock
 from hla.norm import RMSNorm
 from tests.ops.cases import assert_close
@@ -131,3 +132,31 @@ def test_a_norm_around_which_more_happens_is_called(how, monkeypatch):
             norm.register_full_backward_pre_hook(lambda *_: None)
     s, y = norm.residual(x, x)
     assert torch.equal(s, x + x) and (how != "replaced" or torch.equal(y, s + 1))
+
+
+@pytest.mark.parametrize("how", ["plain", "hidden states", "recomputed", "inference"])
+def test_blocks_leave_their_last_sum_to_the_next_norm(how, monkeypatch):
+    torch.manual_seed(0)
+    config = HLAConfig(
+        vocab_size=50, hidden_size=48, num_hidden_layers=3, num_attention_heads=3,
+        layer_types=["linear_attention", "full_attention", "linear_attention"],
+    )  # fmt: skip
+    model = HLAForCausalLM(config).train(how != "inference")
+    if how == "recomputed":
+        model.gradient_checkpointing_enable()
+    ids = torch.randint(50, (2, 9))
+
+    def results(model):
+        out = model(ids, labels=ids, output_hidden_states=how == "hidden states", use_cache=False)
+        return [out.loss, *(out.hidden_states or ()), *torch.autograd.grad(out.loss, model.parameters())]
+
+    truth = results(copy.deepcopy(model).double())
+    outputs = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda block, args, output: outputs.append(type(output)))
+    monkeypatch.setattr(RMSNorm, "_in_kernel", lambda *_: True)
+    monkeypatch.setattr(modeling_hla, "has_kernels", lambda *_: True)
+    found = results(model)
+    assert outputs[:3] == [tuple if how == "plain" else torch.Tensor] * 3
+    for a, b in zip(found, truth, strict=True):
+        assert_close(a, b, 1e-4)

@@ -60,6 +60,12 @@ def test_other_layers_go_operation_by_operation(options):
     assert not supports(new_layer(options))
 
 
+@pytest.mark.parametrize("method", ["_project", "_coefficients", "_log_decay"])
+def test_a_subclass_with_coefficients_of_its_own_is_left_to_them(method):
+    changed = type("Changed", (HigherOrderLinearAttention,), {method: lambda *_: None})
+    assert not supports(changed(40, 4)) and supports(type("Unchanged", (HigherOrderLinearAttention,), {})(40, 4))
+
+
 @torch.no_grad()
 def test_a_layer_gives_the_same_in_pieces():
     """The history that one launch leaves is what the next one takes, also of pieces shorter than the convolution."""
