@@ -23,6 +23,8 @@ class Operation:
             same without computing.
         backward: ``(plan, tensors, saved, grads, needed) -> gradients`` of those tensors that need one (else None);
             saved are the results from the ``first_saved(plan)``-th on, and what was kept.
+        always_kept: so many of the tensors that forward keeps are there whatever the shapes, and in the fake; the rest
+            only spares the backward pass work, and under `torch.compile` is left out. None: all of them.
     """
 
     def __init__(
@@ -32,13 +34,14 @@ class Operation:
         fake: Callable[..., tuple[list[Tensor], list[Tensor]]],
         backward: Callable[[str, Tensors, Tensors, Tensors, Sequence[bool]], list[Tensor | None]],
         first_saved: Callable[[str], int],
+        always_kept: int | None = None,
     ):
         self.forward, self.backward, self.first_saved = forward, backward, first_saved
 
         @torch.library.custom_op(f"hla::{name}", mutates_args=())
         def op(tensors: list[Tensor], present: list[bool], plan: str) -> list[Tensor]:
             results, kept = forward(plan, *_spread(tensors, present), keep=True)
-            return [*results, *kept]
+            return [*results, *kept[:always_kept]]
 
         @op.register_fake
         def _(tensors, present, plan):

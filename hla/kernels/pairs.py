@@ -110,16 +110,18 @@ def walk_states(
 
 class Entering(NamedTuple):
     """The state that enters each chunk ``[chunks, H, K, V]``; parts of its trace ``[chunks, H, blocks]``, or None; the
-    state after all tokens ``[N, H, K, V]`` float32, or None."""
+    state after all tokens ``[N, H, K, V]`` float32, or None; those that enter the segments of a split, or None."""
 
     states: Tensor
     traces: Tensor | None
     final: Tensor | None
+    segments: Tensor | None
 
 
 def entering(
     a: Tensor, b: Tensor, g: Tensor | None, segments: Cut, chunks: Cut, *, heads: int, initial: Tensor | None,
     final: bool, dtype: torch.dtype, reverse: bool = False, traces: bool = False, stages: int = 3,
+    entered: Tensor | None = None,
 ) -> Entering:  # fmt: skip
     """States ``sum_j decay a_j b_j^T`` over earlier tokens, or in reverse over later ones, at the borders of chunks.
 
@@ -127,24 +129,27 @@ def entering(
         a: ``[B, T, Ha, K]``; b: ``[B, T, Hb, V]``; last dimension contiguous; Ha, Hb and the heads of g divide heads.
         initial: ``[N, H, K, V]``, what enters the sequences (in reverse from behind), any strides.
         dtype: of the states in memory. traces: of the states, where a is b.
+        entered: what enters the segments of a split, from an earlier call.
     """
     (T, _, K), V, (kind, precision) = a.shape[1:], b.shape[3], operand(a, b)
-    entered, columns = initial, min(COLUMNS, block(V))
-    if segments.split:
+    columns = min(COLUMNS, block(V))
+    if segments.split and entered is None:
         entered = accumulate(a, b, g, segments, heads=heads, initial=initial, reverse=reverse)
     blocks = -(-V // columns)
     found = Entering(
         torch.empty(chunks.slots, heads, K, V, dtype=dtype, device=a.device),
         torch.empty(chunks.slots, heads, blocks, dtype=torch.float32, device=a.device) if traces else None,
         torch.empty(segments.sequences, heads, K, V, dtype=torch.float32, device=a.device) if final else None,
+        entered,
     )
+    first = entered if segments.split else initial
     if a.numel():
         launch(
             walk_states, segments.slots * heads * blocks,
-            a, b, g, entered, *found, segments.table, chunks.table, chunks.first,
+            a, b, g, first, *found[:3], segments.table, chunks.table, chunks.first,
             T, segments.segment, segments.per_sequence, chunks.per_sequence,
             heads, heads // a.shape[2], heads // b.shape[2], 1 if g is None else heads // g.shape[2],
-            *a.stride()[:3], *b.stride()[:3], *((0, 0, 0, 0) if entered is None else entered.stride()),
+            *a.stride()[:3], *b.stride()[:3], *((0, 0, 0, 0) if first is None else first.stride()),
             DA=K, DB=V, C=chunks.segment, BA=block(K), BV=columns, GATED=g is not None, REVERSE=reverse,
             SPLIT=segments.split, OPERAND=kind, PRECISION=precision, warps=4, stages=stages,
         )  # fmt: skip

@@ -34,7 +34,7 @@ from hla.kernels.library import Operation
 from hla.kernels.linear_attn import operand, read, sum_heads
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
 from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
-from hla.kernels.segments import cut, cut_every, enter, sum_later
+from hla.kernels.segments import cut, cut_every, enter, is_batch_invariant, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
@@ -69,11 +69,13 @@ class _Sizes:
         return torch.empty(*shape, dtype=dtype, device=self.device)
 
 
-def _run_states(s: _Sizes, k: Tensor, g: Tensor | None, initial: Tensor | None, final: bool) -> Entering:
+def _run_states(
+    s: _Sizes, k: Tensor, g: Tensor | None, initial: Tensor | None, final: bool, entered: Tensor | None = None
+) -> Entering:
     """S."""
     return entering(
         k, k, g, s.segments, s.chunks, heads=s.HKV, initial=initial, final=final, dtype=s.dtype, traces=True,
-        stages=s.config.states_stages,
+        stages=s.config.states_stages, entered=entered,
     )  # fmt: skip
 
 
@@ -102,15 +104,18 @@ def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces) -> Tensor:
 
 
 def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """([o] and, if wanted, the final S and P; [x_order])."""
+    """([o] and, if wanted, the final S and P; [x_order] and, where they were found, the S and P between segments)."""
     scale, final = _decode(plan)
     order = nodes.shape[-1] - 1
     s = _Sizes(q, k, cu_seqlens, order)
-    all_states, traces, S_final = _run_states(s, k, g, S, final)
+    all_states, traces, S_final, S_entered = _run_states(s, k, g, S, final)
     x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces)
     del all_states
     done = read(x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, final=final, out_dtype=v.dtype)
-    return [done.o, *(y for y in (S_final, done.final) if y is not None)], [x] if keep else []
+    kept = [x] if keep else []
+    if keep and cu_seqlens is None and not is_batch_invariant():  # (of packed sequences they can be many)
+        kept += [y for y in (S_entered, done.entered) if y is not None]
+    return [done.o, *(y for y in (S_final, done.final) if y is not None)], kept
 
 
 def _fake(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[list[Tensor], list[Tensor]]:
@@ -129,7 +134,9 @@ def _decode(plan: str) -> tuple[float, bool]:
 def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     q, k, v, g, ridge, nodes, S, P, cu_seqlens = tensors
     scale, final = _decode(plan)
-    *finals, x = saved
+    finals, (x, *entered) = saved[: 2 * final], saved[2 * final :]
+    # (A pass inside `batch_invariant`, where the other one was not, cuts the sequences elsewhere.)
+    S_entered, P_entered = (None, None) if not entered or is_batch_invariant() else entered
     do = grads[0]
     dS, dP = grads[1:3] if final else (None, None)
     if do is None:
@@ -138,10 +145,10 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     s = _Sizes(q, k, cu_seqlens, nodes.shape[-1] - 1)
     gated = needed[3]
     read_P = _in_pairs if fits(s.K, v.shape[3], q.dtype) else _in_walks
-    at_P = read_P(s, x, k, v, do.contiguous(), g, P, dP, scale, gated)
+    at_P = read_P(s, x, k, v, do.contiguous(), g, P, P_entered, dP, scale, gated)
     readings = _in_one_kernel if s.hopper else _in_three_kernels
     dq, out, dridge, dnodes, dc, dS_initial = readings(
-        s, q, k, g, ridge, nodes, S, dS, at_P.dx, at_P.dk, gated, needed[6]
+        s, q, k, g, ridge, nodes, S, S_entered, dS, at_P.dx, at_P.dk, gated, needed[6]
     )
     dk, dv = sum_heads(out, s.HKV), sum_heads(at_P.dv, s.HKV)
     dg = None
@@ -180,11 +187,12 @@ class _AtP(NamedTuple):
     dc: Tensor | None
 
 
-def _in_pairs(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
+def _in_pairs(s: _Sizes, x, k, v, do, g, P, entered, dP, scale, gated) -> _AtP:
     """Chunk by chunk, from the states between them."""
     dtype = torch.bfloat16 if s.operand == tl.bfloat16 else torch.float32
     earlier = entering(
-        k, v, g, s.segments, s.chunks, heads=s.HKV, initial=P, final=False, dtype=dtype, stages=s.config.states_stages
+        k, v, g, s.segments, s.chunks, heads=s.HKV, initial=P, final=False, dtype=dtype,
+        stages=s.config.states_stages, entered=entered,
     )  # fmt: skip
     ends = None if dP is None else _per_head(dP, s.HQ // s.HKV) / scale
     later = entering(
@@ -198,7 +206,7 @@ def _in_pairs(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
     return _AtP(dx, dk, dv, later.final, dg, None)
 
 
-def _in_walks(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
+def _in_walks(s: _Sizes, x, k, v, do, g, P, entered, dP, scale, gated) -> _AtP:
     """By three walks, for operands that are wide or large."""
     ends = None if dP is None else _per_head(dP, s.HQ // s.HKV) / scale
     common = dict(heads=s.HQ, factor=scale, exact=gated)
@@ -215,7 +223,7 @@ def _in_walks(s: _Sizes, x, k, v, do, g, P, dP, scale, gated) -> _AtP:
     return _AtP(queries.o, keys.o, values.o, values.final, None, dc)
 
 
-def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wants_dS):
+def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, added, gated, wants_dS):
     """Gradients through the readings of S, from dx, that of ``x_order``.
 
     Returns:
@@ -223,7 +231,7 @@ def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated,
         of the initial S per head of q, or None.
     """
     order, heads, tokens = s.order, s.HQ, s.B * s.T * s.HQ
-    all_states, traces, _ = _run_states(s, k, g, S, final=False)
+    all_states, traces, *_ = _run_states(s, k, g, S, False, entered)
     xs, us = (s.new(order, *q.shape, dtype=s.dtype) for _ in range(2))
     dq = s.new(*q.shape, dtype=q.dtype)
     dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
@@ -250,12 +258,12 @@ def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated,
     return dq, out, dridge, dnodes, dc, dS_initial
 
 
-def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wants_dS):
+def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, added, gated, wants_dS):
     """The same by the kernel for Hopper: a chunk adds to everything at once, and a scan brings it to earlier chunks."""
     from hla.kernels.query_side_hopper import WARPS
     from hla.kernels.query_side_hopper import adjoint as adjoint_on_hopper
 
-    all_states, traces, _ = _run_states(s, k, g, S, final=False)
+    all_states, traces, *_ = _run_states(s, k, g, S, False, entered)
     heads, chunks = s.HQ, s.chunks
     dq, dk = s.new(*q.shape, dtype=q.dtype), s.new(*q.shape, dtype=k.dtype)
     dridge, dc = (s.new(s.B, s.T, heads) for _ in range(2))
@@ -293,7 +301,7 @@ def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, dS, dx, added, gated, wa
     return dq, dk, dridge, dnodes, dc, dS_initial
 
 
-_operation = Operation("query_side", _forward, _fake, _backward, lambda plan: 1)
+_operation = Operation("query_side", _forward, _fake, _backward, lambda plan: 1, always_kept=1)
 
 
 def _per_head(dstate: Tensor, group: int) -> Tensor:

@@ -16,6 +16,7 @@ from hla.kernels.launch import launch
 
 INVARIANT_SEGMENT = 2048
 SHORTEST_SEGMENT = 256  # a split costs another pass over keys and values, and one more launch
+ROWS, HEADS = 1024, 4  # of a tile of sums over tokens
 _batch_invariant = False
 
 
@@ -32,6 +33,10 @@ def batch_invariant(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _batch_invariant = before
+
+
+def is_batch_invariant() -> bool:
+    return _batch_invariant
 
 
 @dataclass(frozen=True)
@@ -172,20 +177,31 @@ def _sums(dc: Tensor, borders: Tensor | None, cu_seqlens: Tensor | None, earlier
     out = torch.empty_like(dc, memory_format=torch.contiguous_format)
     B, T, H = dc.shape
     sequences = B if cu_seqlens is None else cu_seqlens.numel() - 1
-    blocks = triton.cdiv(H, 4)
-    if out.numel():
-        borders = None if borders is None else borders.float().contiguous()
+    blocks = triton.cdiv(H, HEADS)
+    if not out.numel():
+        return out
+    dc, borders = dc.contiguous(), None if borders is None else borders.float().contiguous()
+    # Long sequences in parts at once, each of which begins with the sums of those that the walk met before.
+    parts = 1 if cu_seqlens is not None else triton.cdiv(T, ROWS)
+    sums = torch.empty(sequences, parts, H, dtype=torch.float64, device=dc.device) if parts > 1 else None
+    for result in (None, out) if parts > 1 else (out,):
         launch(
-            _sum, sequences * blocks, dc.contiguous(), borders, cu_seqlens, out, T, H, blocks,
-            EARLIER=earlier, ROWS=1024, HEADS=4, warps=8,
+            _sum, sequences * parts * blocks, dc, borders, sums, cu_seqlens, result, T, H, blocks, parts,
+            EARLIER=earlier, ROWS=ROWS, HEADS=HEADS, MANY=64, warps=8,
         )  # fmt: skip
     return out
 
 
-@triton.jit(do_not_specialize=["length", "heads", "blocks"])
-def _sum(DC, BORDERS, CU, OUT, length, heads, blocks, EARLIER: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr):
-    n = tl.program_id(0) // blocks
+@triton.jit(do_not_specialize=["length", "heads", "blocks", "parts"])
+def _sum(
+    DC, BORDERS, SUMS, CU, OUT, length, heads, blocks, parts, EARLIER: tl.constexpr, ROWS: tl.constexpr,
+    HEADS: tl.constexpr, MANY: tl.constexpr,
+):  # fmt: skip
+    """Some heads of a sequence, or with SUMS ``[sequences, parts, heads]`` those of ROWS of its tokens: without OUT
+    their sums. (Sequences of the table CU are one part each.)"""
     h = (tl.program_id(0) % blocks) * HEADS + tl.arange(0, HEADS)
+    part = (tl.program_id(0) // blocks) % parts
+    n = tl.program_id(0) // (blocks * parts)
     if CU is None:
         start = tl.cast(n, tl.int64) * length
         stop = start + length
@@ -193,17 +209,31 @@ def _sum(DC, BORDERS, CU, OUT, length, heads, blocks, EARLIER: tl.constexpr, ROW
         start = tl.load(CU + n).to(tl.int64)
         stop = tl.load(CU + n + 1).to(tl.int64)
     carry = tl.zeros([HEADS], tl.float64)
-    if BORDERS is not None:
-        carry += tl.load(BORDERS + n * heads + h, mask=h < heads, other=0.0)
+    if OUT is not None:
+        if BORDERS is not None:
+            carry += tl.load(BORDERS + n * heads + h, mask=h < heads, other=0.0)
+    if SUMS is not None:
+        start += tl.cast(part, tl.int64) * ROWS
+        stop = tl.minimum(stop, start + ROWS)
+        if OUT is not None:
+            for first in range(0, parts, MANY):
+                i = first + tl.arange(0, MANY)
+                met = i < part if EARLIER else (i > part) & (i < parts)
+                at = (n * parts + i)[:, None] * heads + h[None, :]
+                sums = tl.sum(tl.load(SUMS + at, mask=met[:, None] & (h < heads)[None, :], other=0.0), 0)
+                carry += -sums if EARLIER else sums
     for i in range(0, tl.cdiv(stop - start, ROWS)):
         t = (start + i * ROWS if EARLIER else stop - (i + 1) * ROWS) + tl.arange(0, ROWS)
         inside = ((t >= start) & (t < stop))[:, None] & (h < heads)[None, :]
         at = t[:, None] * heads + h[None, :]
         x = tl.load(DC + at, mask=inside, other=0.0)
-        if EARLIER:
+        if OUT is None:
+            tl.store(SUMS + (n * parts + part) * heads + h, tl.sum(x.to(tl.float64), 0), mask=h < heads)
+        elif EARLIER:
             y = carry[None, :] - (tl.cumsum(x, 0) - x)
             carry -= tl.sum(x, 0)
+            tl.store(OUT + at, y.to(tl.float32), mask=inside)
         else:
             y = carry[None, :] + tl.cumsum(x, 0, reverse=True)
             carry += tl.sum(x, 0)
-        tl.store(OUT + at, y.to(tl.float32), mask=inside)
+            tl.store(OUT + at, y.to(tl.float32), mask=inside)

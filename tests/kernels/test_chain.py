@@ -13,7 +13,7 @@ import torch
 import hla
 
 pytest.importorskip("triton")
-from hla.kernels import query_side, segments
+from hla.kernels import linear_attn, pairs, query_side, segments
 from hla.kernels.chain import chain
 from hla.ops.checks import check_call
 from hla.ops.linear_attn import Stage
@@ -193,6 +193,34 @@ def test_packed_sequences_equal_the_chunk_form(name, option, shortest, monkeypat
         assert_close(a, b, 1e-4, str(n))
 
 
+@pytest.mark.parametrize("final", [True, False])
+@pytest.mark.parametrize("where", ["nowhere", "forward", "backward"])
+def test_a_split_finds_the_states_between_segments_once(where, final, short_segments, monkeypatch):
+    """Unless one of the passes is `batch_invariant`, and cuts elsewhere."""
+    monkeypatch.setattr(segments, "INVARIANT_SEGMENT", 128)
+    found = []
+    for owner in (pairs, linear_attn):
+        monkeypatch.setattr(owner, "accumulate", lambda *a, f=owner.accumulate, **k: found.append(a[0]) or f(*a, **k))
+
+    def run(dtype, backend):
+        x = Inputs("hla_q4", "g", B=2, T=150, HQ=2, HKV=1, K=3, V=5)
+        leaves = {n: y.to(dtype).requires_grad_() for n, y in x.tensors().items()}
+        q, k, v, kw = x.with_tensors(leaves)
+        with segments.batch_invariant(where == "forward"):
+            o, state = hla.hla_q(q, k, v, **kw, output_final_state=final, backend=backend)
+        forward = len(found)
+        total = o.square().sum() + sum(y.square().sum() for y in flat(state))
+        with segments.batch_invariant(where == "backward"):
+            return [o, *gradients(total, leaves.values())], forward
+
+    torch.manual_seed(0)
+    results, forward = run(torch.float32, "triton")
+    assert (forward, len(found) - forward) == (2, 1 if where == "nowhere" else 3)
+    torch.manual_seed(0)
+    for a, b in zip(results, run(F64, "torch")[0], strict=True):
+        assert_close(a, b, 1e-4)
+
+
 @pytest.mark.parametrize("mode", ["strict", "reversed"])
 @pytest.mark.parametrize("T", [60, 150])
 def test_all_modes_of_the_primitive_equal_the_chunk_form(mode, T, short_segments):
@@ -239,13 +267,13 @@ def test_packed_segments_cover_every_token_once(short_segments):
         assert [bool(row[3] & 2) for row in own] == [i == len(own) - 1 for i in range(len(own))]
 
 
-@pytest.mark.parametrize("op", ["hla2", "hla_q"])
-def test_compiled_without_graph_breaks_they_compute_the_same(op):
+@pytest.mark.parametrize("op,T", [("hla2", 20), ("hla_q", 20), ("hla_q", 130)])
+def test_compiled_without_graph_breaks_they_compute_the_same(op, T, short_segments):
     def f(q, k, v, g):
         return getattr(hla, op)(2 * q, k, v, g=g, backend="triton")[0].square()
 
-    q, k, v = (torch.randn(1, 20, 1, 4, requires_grad=True) for _ in range(3))
-    g = (-torch.rand(1, 20, 1)).requires_grad_()
+    q, k, v = (torch.randn(1, T, 1, 4, requires_grad=True) for _ in range(3))
+    g = (-torch.rand(1, T, 1)).requires_grad_()
     found = []
     for function in (f, torch.compile(f, fullgraph=True)):
         o = function(q, k, v, g)
