@@ -138,9 +138,14 @@ class _Joined(torch.autograd.Function):
 def _of_weights(dy: Tensor, x: Tensor, rows: list[int], dtypes: list[torch.dtype], needed: Sequence[bool]) -> list:
     """The gradients of a group's weights: rows of one product, or, where some are frozen, products of their own."""
     columns = sum(rows)
-    if all(needed):
-        found = (dy.mT @ x)[:columns].split(rows)
-    else:
-        parts = zip(dy[:, :columns].split(rows, 1), needed, strict=True)
-        found = [part.mT @ x if need else None for part, need in parts]
-    return [None if dw is None else dw.to(dtype) for dw, dtype in zip(found, dtypes, strict=True)]
+    if all(needed) and len(set(dtypes)) == 1:
+        return list(_product(dy.mT, x, dtypes[0])[:columns].split(rows))
+    parts = zip(dy[:, :columns].split(rows, 1), dtypes, needed, strict=True)
+    return [_product(part.mT, x, dtype) if need else None for part, dtype, need in parts]
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """In a dtype, to which it is rounded once."""
+    if a.is_cuda and dtype == torch.float32 and a.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

@@ -189,12 +189,13 @@ def pair_gradients(
     k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
     do = tl.load(DO + at_v, mask=in_v, other=0.0).to(OPERAND)
     v = tl.load(pv, mask=in_v, other=0.0).to(OPERAND)
+    if GATED:
+        g_heads = heads // group // gg
+        c, total = _decays(G, batch * length + row + rows, live, g_heads, hk // gg)
     A = tl.dot(x, tl.trans(k), input_precision=PRECISION)
     B = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     mask = rows[:, None] >= rows[None, :]
     if GATED:
-        g_heads = heads // group // gg
-        c, total = _decays(G, batch * length + row + rows, live, g_heads, hk // gg)
         E = tl.where(mask, tl.exp2(c[:, None] - c[None, :]), 0.0)
         B *= E
         if DG is not None:

@@ -66,16 +66,16 @@ def _chunk(
     trace = 0.0
     for b in tl.static_range(BLOCKS):
         trace += tl.load(TRACES + at * BLOCKS + b)
-    kf = k.to(tl.float32)
-    squares = tl.sum(kf * kf, 1)
     mask = rows[:, None] >= rows[None, :]
-    if GATED:
+    if GATED:  # (asks for g before anything waits for k or S)
         c, total = _decays(G, batch * length + row + rows, live, kv_heads // group_g, hk // group_g)
         E = tl.where(mask, tl.exp2(c[:, None] - c[None, :]), 0.0)
         read = tl.exp2(c)
     else:
         E = tl.where(mask, 1.0, 0.0)
         read = tl.full([C], 1.0, tl.float32)
+    kf = k.to(tl.float32)
+    squares = tl.sum(kf * kf, 1)
     traces = read * trace + tl.sum(E * squares[None, :], 1)
     return k.to(OPERAND), S, read, E, traces, live, in_k
 
@@ -125,15 +125,17 @@ def solve(
         return
     rows = tl.arange(0, C)
     ck = tl.arange(0, BK)
+    row = tl.cast(start, tl.int64)
+    live = start + rows < stop
+    in_q = live[:, None] if D == BK else live[:, None] & (ck < D)[None, :]
+    pq = Q + batch * q_b + tl.cast(h, tl.int64) * q_h + row * q_t + rows[:, None] * q_t + ck[None, :]
+    q = tl.load(pq, mask=in_q, other=0.0)  # (first of all, as then it is there when everything else is)
+    ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
+    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
     k, S, read, E, traces, live, in_k = _chunk(
         K, G, STATES, TRACES, batch, slot, start, stop, length, heads // group, h // group, gg, k_b, k_t, k_h,
         D, C, BK, BLOCKS, GATED, OPERAND,
     )  # fmt: skip
-    row = tl.cast(start, tl.int64)
-    pq = Q + batch * q_b + tl.cast(h, tl.int64) * q_h + row * q_t + rows[:, None] * q_t + ck[None, :]
-    q = tl.load(pq, mask=in_k, other=0.0)
-    ridge = tl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(tl.float32)
-    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
     x = _readings(
         q, k, S, read, E, traces, live, in_k, ridge, nodes, n_n, None, 0, ORDER, OPERAND, PRECISION
     )  # fmt: skip
