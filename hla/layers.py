@@ -289,7 +289,7 @@ class HigherOrderLinearAttention(nn.Module):
             o, op = pending.finish()
 
         gate = self._gate_logits(hidden_states) if gate is None else gate
-        if self.o_norm is not None and self._has_kernels(o) and self.o_norm.is_bare():
+        if isinstance(self.o_norm, RMSNorm) and self._has_kernels(o) and self.o_norm.is_bare():
             from hla.kernels.gates import gated_norm
 
             o = gated_norm(self.o_norm, o, gate)

@@ -57,6 +57,14 @@ class RMSNorm(nn.RMSNorm):
         return plain and x.numel() > 0 and x.shape[-1] <= WIDEST and self.eps is not None
 
 
+def residual(norm: nn.Module, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`RMSNorm.residual`, also of what may stand in the place of a norm (an adapter around it, say) and is called."""
+    if isinstance(norm, RMSNorm):
+        return norm.residual(x, branch)
+    s = x if branch is None else x + branch
+    return s, norm(s)
+
+
 def _rounded(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """What a result of this dtype is rounded to."""
     if dtype != torch.float32 or device.type == "meta" or not torch.is_autocast_enabled(device.type):

@@ -314,7 +314,7 @@ def supports(mixer: HigherOrderLinearAttention) -> bool:
     return (
         mixer.op in ("hla_q", "linear_attn") and mixer.rope_theta is None and mixer.nodes != "token"
         and not mixer.normalize and mixer.backend != "torch"
-        and mixer.has_own("_project", "_coefficients", "_log_decay")
+        and mixer.has_own("_project", "_coefficients", "_positive_ridge", "_nodes", "_log_decay")
     )  # fmt: skip
 
 

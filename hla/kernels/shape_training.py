@@ -461,6 +461,7 @@ def project(
         linears += [mixer.get_submodule("ridge_proj")] if mixer.coefficients.get("ridge") == "token" else []
         linears += [mixer.decay_proj] if mixer.decay == "token" else []
     gates = [mixer.gate_proj] if mixer.gate_proj is not None and parallel is None else []
+    gates = gates if mixer.has_own("_gate_logits") else []
     y, *gate = joined(x, [linears, gates] if gates else [linears])
     before, conv = max(0, mixer.conv_size - 1), None
     if mixer.conv_size and (wants_history or parallel is not None):

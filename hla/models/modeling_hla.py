@@ -20,7 +20,7 @@ from hla.joined import has_kernels, joinable, joined
 from hla.layers import HigherOrderLinearAttention
 from hla.models.cache_hla import HLACache
 from hla.models.configuration_hla import HLAConfig
-from hla.norm import RMSNorm
+from hla.norm import RMSNorm, residual
 from hla.ops.checks import HAS_TRITON
 from hla.projection import project
 from hla.rotary import apply_rope, rope_cos_sin
@@ -176,7 +176,7 @@ class HLABlock(GradientCheckpointingLayer):
     ) -> Tensor | tuple[Tensor, Tensor]:
         if isinstance(self.mixer, HLAAttention):
             assert cos_sin is not None
-            hidden_states, x = self.input_layernorm.residual(hidden_states, branch)
+            hidden_states, x = residual(self.input_layernorm, hidden_states, branch)
             x = self.mixer(x, cos_sin, attention_mask, cu_seqlens, past_key_values)
         else:
             length = hidden_states.shape[1]
@@ -191,7 +191,7 @@ class HLABlock(GradientCheckpointingLayer):
 
                     if fits(self, hidden_states):
                         return token(self, hidden_states, state, attention_mask)
-            hidden_states, x = self.input_layernorm.residual(hidden_states, branch)
+            hidden_states, x = residual(self.input_layernorm, hidden_states, branch)
             x, _ = self.mixer(
                 x,
                 attention_mask=attention_mask,
@@ -200,7 +200,7 @@ class HLABlock(GradientCheckpointingLayer):
                 state=state,
                 out_state=state,
             )
-        hidden_states, x = self.post_attention_layernorm.residual(hidden_states, x)
+        hidden_states, x = residual(self.post_attention_layernorm, hidden_states, x)
         x = self.mlp(x)
         return (hidden_states, x) if apart else hidden_states + x
 
@@ -372,7 +372,7 @@ class HLAModel(HLAPreTrainedModel):
                 seen.append(x)
         if past_key_values is not None:
             past_key_values.advance(length if parallel is None else parallel.borders(length)[-1])
-        x = self.norm.residual(x, branch)[1]
+        _, x = residual(self.norm, x, branch)
         seen[-1] = x
         if x.shape[:2] != (batch, length):  # rows that became one; else the very tensors, whose gradients can be kept
             x, seen = x.reshape(batch, length, -1), [h.reshape(batch, length, -1) for h in seen]

@@ -160,3 +160,33 @@ def test_blocks_leave_their_last_sum_to_the_next_norm(how, monkeypatch):
     assert outputs[:3] == [tuple if how == "plain" else torch.Tensor] * 3
     for a, b in zip(found, truth, strict=True):
         assert_close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize("which", ["input_layernorm", "post_attention_layernorm", "norm"])
+def test_a_norm_in_whose_place_something_else_stands_is_called(which):
+    """As adapters wrap it (which pass on what they do not have themselves)."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, norm):
+            super().__init__()
+            self.inner = norm
+
+        def __getattr__(self, name):
+            try:
+                return super().__getattr__(name)
+            except AttributeError:
+                return getattr(super().__getattr__("inner"), name)
+
+        def forward(self, x):
+            return 3 * self.inner(x)
+
+    torch.manual_seed(0)
+    config = HLAConfig(vocab_size=50, hidden_size=48, num_hidden_layers=1, num_attention_heads=3)
+    model, ids = HLAForCausalLM(config).eval(), torch.randint(50, (2, 9))
+    owner = model.model if which == "norm" else model.model.layers[0]
+    with torch.no_grad():
+        wrapped = copy.deepcopy(model)
+        getattr(owner, which).weight *= 3
+        owner = wrapped.model if which == "norm" else wrapped.model.layers[0]
+        setattr(owner, which, Wrapper(getattr(owner, which)))
+        torch.testing.assert_close(wrapped(ids).logits, model(ids).logits)

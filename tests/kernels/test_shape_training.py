@@ -312,3 +312,22 @@ def test_an_output_whose_gradient_is_none():
     (out,) = gates._product_operation.op([a, b], [True, True], "8")
     found = torch.autograd.grad(Nothing.apply(out).sum() + a.sum(), [a, b], allow_unused=True)
     assert torch.equal(found[0], torch.ones_like(a)) and found[1] is None
+
+
+class OtherGate(HigherOrderLinearAttention):
+    def _gate_logits(self, hidden_states):
+        return 0 * super()._gate_logits(hidden_states) + 5
+
+
+class OtherRidge(HigherOrderLinearAttention):
+    def _positive_ridge(self, hidden_states):
+        return 0 * super()._positive_ridge(hidden_states) + 9
+
+
+@pytest.mark.parametrize("kind", [OtherGate, OtherRidge])
+def test_what_a_subclass_computes_in_its_own_way_is_left_to_it(kind, monkeypatch):
+    torch.manual_seed(0)
+    layer, x, dy = kind(16, 2), torch.randn(1, 8, 16), torch.randn(1, 8, 16)
+    truth = results(layer.double(), x, dy)
+    monkeypatch.setattr(HigherOrderLinearAttention, "_has_kernels", lambda *_: True)
+    assert_close(results(layer.float(), x, dy)["y"], truth["y"], 1e-4)
