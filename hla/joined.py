@@ -107,7 +107,7 @@ class _Joined(torch.autograd.Function):
         ctx.again = all(w.dtype == dtype for w in weights)
         kept = weights if ctx.again else stacks
         ctx.save_for_backward(flat if any(needed) else None, *(kept if needs_x else ()))
-        ctx.shape, ctx.dtype, ctx.sizes = x.shape, x.dtype, sizes
+        ctx.shape, ctx.dtype, ctx.sizes, ctx.device = x.shape, x.dtype, sizes, x.device.type
         ctx.rows, ctx.dtypes = [w.shape[0] for w in weights], [w.dtype for w in weights]
         ctx.set_materialize_grads(False)
         return tuple((flat @ stack.mT).view(*x.shape[:-1], stack.shape[0]) for stack in stacks)
@@ -117,6 +117,11 @@ class _Joined(torch.autograd.Function):
         from hla.kernels.library import refuse_double_backward
 
         refuse_double_backward()
+        with torch.autocast(ctx.device, enabled=False):  # (a pass back inside one would round, and not add in place)
+            return _Joined._gradients(ctx, grads)
+
+    @staticmethod
+    def _gradients(ctx, grads: Sequence[Tensor | None]):
         flat, *kept = ctx.saved_tensors
         dx, dweights, first = None, [], 0
         for i, (dy, size) in enumerate(zip(grads, ctx.sizes, strict=True)):

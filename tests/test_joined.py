@@ -156,3 +156,14 @@ def test_mlp(size, monkeypatch):
         for found, y in zip(results(mlp, torch.float32), truth, strict=True):
             assert_close(found, y, 1e-6)
     assert len(products) == 1
+
+
+def test_a_backward_pass_inside_autocast_computes_as_the_forward_pass_did():
+    groups, x = new_maps(torch.float32), torch.randn(5, 12, requires_grad=True)
+    used = [x, *(linear.weight for group in groups for linear in group)]
+    truth = torch.autograd.grad(sum(y.sum() for y in apart(x, groups)), used)
+    total = sum(y.sum() for y in joined(x, groups))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(total, used)
+    for a, b in zip(found, truth, strict=True):
+        torch.testing.assert_close(a, b)

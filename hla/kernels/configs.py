@@ -75,7 +75,10 @@ def query_side_config(key: int, wide: bool, capability: tuple[int, int]) -> Quer
         return QuerySideConfig(chunk=32, states_stages=2, moments_stages=2, fold_stages=1)
     if capability < (9, 0):
         return QuerySideConfig(warps=8 if key > 64 else 4)
-    return QuerySideConfig(registers=168 if key <= 64 else None)  # three programs on a multiprocessor instead of two
+    three = (
+        key <= 64 and capability[0] == 9 and torch.version.hip is None
+    )  # programs on a multiprocessor, instead of two
+    return QuerySideConfig(registers=168 if three else None)
 
 
 def little_memory(capability: tuple[int, int]) -> bool:

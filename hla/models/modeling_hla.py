@@ -354,7 +354,10 @@ class HLAModel(HLAPreTrainedModel):
         x, branch = inputs_embeds, None
         seen = [x]
         # (A block that is computed again keeps its inputs: one rather than two.)
-        apart = self.training and has_kernels(x) and not (output_hidden_states or self.gradient_checkpointing)
+        again = self.gradient_checkpointing or any(
+            getattr(block, "gradient_checkpointing", False) for block in self.layers
+        )
+        apart = self.training and torch.is_grad_enabled() and has_kernels(x) and not (output_hidden_states or again)
         for block in self.layers:
             x = block(
                 x,
@@ -363,8 +366,7 @@ class HLAModel(HLAPreTrainedModel):
                 cos_sin=cos_sin,
                 cu_seqlens=cu_seq_lens_q,
                 past_key_values=past_key_values,
-                branch=branch,
-                apart=apart,
+                **(dict(branch=branch, apart=True) if apart else {}),
             )
             if apart:
                 x, branch = x

@@ -134,7 +134,7 @@ def test_a_norm_around_which_more_happens_is_called(how, monkeypatch):
     assert torch.equal(s, x + x) and (how != "replaced" or torch.equal(y, s + 1))
 
 
-@pytest.mark.parametrize("how", ["plain", "hidden states", "recomputed", "inference"])
+@pytest.mark.parametrize("how", ["plain", "hidden states", "recomputed", "one recomputed", "inference"])
 def test_blocks_leave_their_last_sum_to_the_next_norm(how, monkeypatch):
     torch.manual_seed(0)
     config = HLAConfig(
@@ -144,6 +144,9 @@ def test_blocks_leave_their_last_sum_to_the_next_norm(how, monkeypatch):
     model = HLAForCausalLM(config).train(how != "inference")
     if how == "recomputed":
         model.gradient_checkpointing_enable()
+    if how == "one recomputed":
+        model.gradient_checkpointing_enable()
+        model.model.gradient_checkpointing = False
     ids = torch.randint(50, (2, 9))
 
     def results(model):
@@ -190,3 +193,16 @@ def test_a_norm_in_whose_place_something_else_stands_is_called(which):
         owner = wrapped.model if which == "norm" else wrapped.model.layers[0]
         setattr(owner, which, Wrapper(getattr(owner, which)))
         torch.testing.assert_close(wrapped(ids).logits, model(ids).logits)
+
+
+def test_a_model_in_training_generates_without_gradients(monkeypatch):
+    """A block then is one launch per token, which leaves nothing to a next norm."""
+    config = HLAConfig(vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
+    model = HLAForCausalLM(config).train()
+    outputs = []
+    for block in model.model.layers:
+        block.register_forward_hook(lambda block, args, output: outputs.append(type(output)))
+    monkeypatch.setattr(modeling_hla, "has_kernels", lambda *_: True)
+    with torch.no_grad():
+        model(torch.randint(50, (2, 1)), use_cache=True)
+    assert outputs == [torch.Tensor] * 2
