@@ -56,6 +56,7 @@ from hla.graphed import EAGER, Graphed, Pool
 from hla.loss import summed_cross_entropy
 from hla.models import SIZES, HLAConfig, HLAForCausalLM, count_parameters
 from hla.pieces import backward_in_pieces
+from hla.update import clip_and_step
 
 DATA_SHEET = 989e12  # FLOP/s
 # Tokens of a micro-batch whose activations fit into 80 GB beside the weights and moments; a longer row is recomputed.
@@ -133,22 +134,22 @@ class Trained:
             total += part.detach()
         return total
 
-    def update(self) -> Tensor:
+    def update(self, loss: Tensor) -> Tensor:
         """An optimizer step; returns the norm of the gradient."""
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        return norm
+        return clip_and_step(self.optimizer, 1.0, loss)
 
     def step(self, ids: Tensor, targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
         try:
-            return self.backward(ids, targets, rows), self.update()
+            loss = self.backward(ids, targets, rows)
+            return loss, self.update(loss)
         finally:  # what runs out of memory must not leave gradients behind
             self.clear()
 
     def step_in_pieces(self, ids: Tensor, targets: Tensor, piece: int) -> tuple[Tensor, Tensor]:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         try:
-            return backward_in_pieces(self.model, ids, targets, piece=piece, dtype=dtype), self.update()
+            loss = backward_in_pieces(self.model, ids, targets, piece=piece, dtype=dtype)
+            return loss, self.update(loss)
         finally:
             self.optimizer.zero_grad(set_to_none=True)
 

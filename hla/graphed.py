@@ -20,7 +20,7 @@ from hla.errors import HLAError
 from hla.loss import mean_loss
 
 EAGER = 2  # calls of a shape before its capture: kernels compile and libraries allocate in them, which a capture cannot
-SHAPES = 16  # that are captured; each takes some megabytes for the graph itself, and further ones run eagerly
+GRAPHS = 32  # at most: a shape has one or two, each takes some megabytes for itself, and what is left runs eagerly
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,9 @@ class Graphed:
     ``optimizer.zero_grad(set_to_none=False)``. A parameter that the loss does not reach has a gradient of zeros, not
     None. Between calls the graphs hold the memory of one call's activations. Calls must not overlap.
 
+    A shape has two graphs: of the first call after `zero_grad`, which writes the gradients, and of those that add to
+    them. Writing saves clearing, adding, and reading what was there.
+
     Args:
         loss: takes tensors and numbers by name and returns a scalar with gradient. On a GPU it must not wait for the
             device (``item()``, a branch on a tensor's value), autocast inside must have ``cache_enabled=False`` (the
@@ -69,8 +72,10 @@ class Graphed:
         device = self._parameters[0].device
         self.pool = Pool.on(device) if pool is None and device.type == "cuda" else pool
         self._held: list[tuple[nn.Parameter, Tensor, int]] = []  # gradients and addresses that graphs have written down
+        self._given = any(p.grad is not None for p in self._parameters)  # from outside, and to be left where they are
+        self._cleared = False  # whether gradients count as zero, whatever is in them
         self._calls: dict[Any, int] = {}
-        self._captured: dict[Any, _Captured] = {}
+        self._captured: dict[Any, _Captured] = {}  # by shape, and whether gradients are written
 
     def __call__(self, **inputs: Tensor | float) -> Tensor:
         """The loss, a scalar without gradient of its own; that of the parameters is added to their ``.grad``.
@@ -86,16 +91,16 @@ class Graphed:
         if self.pool is None:
             return self.eager(**inputs)
         key = tuple((n, x.shape, x.dtype) if isinstance(x, Tensor) else (n, x) for n, x in inputs.items())
-        if key not in self._captured:
+        if (key, self._cleared) not in self._captured:
             calls = self._calls[key] = self._calls.get(key, 0) + 1
             if calls <= EAGER:
                 return self._beside(self.pool, inputs)
-            if len(self._captured) == SHAPES:
+            if len(self._captured) == GRAPHS:
                 return self.eager(**inputs)
             self._hold_gradients()
-            self._captured[key] = self._capture(self.pool, inputs)
+            self._captured[key, self._cleared] = self._capture(self.pool, inputs)
         self._hold_gradients()
-        captured = self._captured[key]
+        captured, self._cleared = self._captured[key, self._cleared], False
         for name, static in captured.inputs.items():
             static.copy_(inputs[name])  # type: ignore[arg-type]
         captured.replay()
@@ -104,11 +109,18 @@ class Graphed:
     def eager(self, **inputs: Tensor | float) -> Tensor:
         """The same without a graph, whatever the shape; also for inputs for which the loss must wait for the device."""
         self._hold_gradients()
+        self.settle()
         return self._run(inputs)
 
     def zero_grad(self) -> None:
-        """Gradients are zero, and the same tensors."""
-        torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+        """Gradients are zero for the next call, which may write over what is still in them, or for `settle`."""
+        self._cleared = True
+
+    def settle(self) -> None:
+        """Sees to it that the gradients are zero if they were cleared and no call has come since."""
+        if self._cleared:
+            torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+        self._cleared = False
 
     def _run(self, inputs: Mapping[str, Tensor | float]) -> Tensor:
         # The loss with its history ends here: a node of it that lived on would keep the stream of this call.
@@ -116,12 +128,31 @@ class Graphed:
         loss.backward()
         return loss.detach()
 
+    def _run_for_graph(self, inputs: Mapping[str, Tensor | float]) -> Tensor:
+        """What is captured. The first graph, if it writes gradients, also makes them, in its memory."""
+        if not self._cleared:
+            return self._run(inputs)
+        try:
+            for p in self._parameters:
+                p.grad = None
+            loss = self._run(inputs)
+            if not self._captured and not self._given:
+                self._held = [(p, _gradient(p), p.data_ptr()) for p in self._parameters]
+            else:
+                reached = [(held, p.grad) for p, held, _ in self._held if p.grad is not None]
+                torch._foreach_copy_([held for held, _ in reached], [grad for _, grad in reached])
+                for held in (held for p, held, _ in self._held if p.grad is None):
+                    held.zero_()
+        finally:  # (also if there was no memory for it)
+            for p, held, _ in self._held:
+                p.grad = held
+        return loss
+
     def _hold_gradients(self) -> None:
-        """Makes gradients before autograd does, outside of the pool; once there is a graph sees that it knows them."""
+        """Makes gradients before autograd does; once there is a graph sees that it knows them."""
         if not self._captured:
             for p in self._parameters:
-                if p.grad is None:
-                    p.grad = torch.zeros_like(p)
+                p.grad = _gradient(p)
             self._held = [(p, p.grad, p.data_ptr()) for p in self._parameters if p.grad is not None]
         elif any(p.grad is not grad or p.data_ptr() != place for p, grad, place in self._held):
             raise HLAError(
@@ -132,6 +163,7 @@ class Graphed:
     def _beside(self, pool: Pool, inputs: Mapping[str, Tensor | float]) -> Tensor:
         """Eagerly on the stream of captures."""
         self._hold_gradients()
+        self.settle()
         here = torch.cuda.current_stream(pool.device)
         pool.stream.wait_stream(here)
         with torch.cuda.stream(pool.stream):
@@ -147,10 +179,14 @@ class Graphed:
             # The stream twice: a capture that fails does not give back the one that it had set.
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
                 with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream):
-                    loss = self._run(static)
+                    loss = self._run_for_graph(static)
         except RuntimeError as error:
             raise _refusal(error) from error
         return _Captured(graph.replay, {n: x for n, x in static.items() if isinstance(x, Tensor)}, loss)
+
+
+def _gradient(p: nn.Parameter) -> Tensor:
+    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 def _refusal(error: RuntimeError) -> HLAError:
@@ -198,6 +234,10 @@ class GraphedTraining:
     def zero_grad(self) -> None:
         """See `Graphed.zero_grad`."""
         self.graphed.zero_grad()
+
+    def settle(self) -> None:
+        """See `Graphed.settle`."""
+        self.graphed.settle()
 
 
 def with_empty_documents(borders: Tensor, length: int) -> Tensor:

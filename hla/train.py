@@ -54,6 +54,7 @@ from hla.telemetry import Watch, layer_values, measure
 from hla.token_files import absolute_sources, is_token_folder
 from hla.train_config import RUN_FILE, START_ONLY, TrainConfig, check_resumed, config_text, read_config, write_config
 from hla.training_state import newest, restore, run_tensors, save_checkpoint
+from hla.update import clip_and_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -90,17 +91,17 @@ def train_step(
         else:
             part = graphed(inputs, targets, total)
         parts.append(part.detach())
-    loss = 0.0
-    for value in torch.stack(parts).tolist():  # one wait for the device
-        loss += value
-    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), clip))
-    if math.isfinite(loss) and math.isfinite(norm):
-        optimizer.step()
+    losses = torch.stack(parts)
+    norm = clip_and_step(optimizer, clip, losses)
     if graphed is None:
         optimizer.zero_grad(set_to_none=True)
     else:
         graphed.zero_grad()
-    return loss, norm
+    *values, norm_found = torch.cat([losses, norm[None]]).tolist()  # one wait for the device
+    loss = 0.0
+    for value in values:
+        loss += value
+    return loss, norm_found
 
 
 @dataclass(frozen=True)

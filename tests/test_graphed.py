@@ -12,7 +12,7 @@ import hla
 from hla.build import build_model, build_optimizer, recompute_activations
 from hla.data import build_tokenizer, encode_documents
 from hla.errors import HLAError
-from hla.graphed import EAGER, SHAPES, Graphed, GraphedTraining, Pool, _Captured, _refusal, with_empty_documents
+from hla.graphed import EAGER, GRAPHS, Graphed, GraphedTraining, Pool, _Captured, _refusal, with_empty_documents
 from hla.train import train, train_step
 from hla.train_config import TrainConfig, check_resumed, config_text, read_config
 from tests.text_helpers import MICRO, documents, micro_config, write_corpus
@@ -36,10 +36,14 @@ class Pretended(Graphed):
     def _capture(self, pool, inputs):
         self.happened.append("capture")
         static = {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
-        loss = torch.zeros(())
+        loss, writes = torch.zeros(()), self._cleared
+        if writes:  # makes the gradients, or writes over them, which does not matter as it is done again
+            self._run_for_graph(static)
 
         def replay():
             self.happened.append("replay")
+            for p in self._parameters if writes else ():
+                p.grad.zero_()
             loss.copy_(self._run(static))
 
         return _Captured(replay, {n: x for n, x in static.items() if isinstance(x, torch.Tensor)}, loss)
@@ -76,7 +80,8 @@ def test_the_numbers_are_those_without(pretend, attention, recompute):
     else:
         assert numbers == expected and all(map(torch.equal, weights, reference))
     if pretend:
-        assert happened.count("capture") == (3 if attention == "hla" else 2)  # by shape and by tokens of the step
+        # By shape and by tokens of the step; the first micro-batch of a step writes the gradients, the second one adds.
+        assert happened.count("capture") == 2 * (3 if attention == "hla" else 2)
 
 
 def test_a_shape_runs_eagerly_before_it_is_captured():
@@ -98,10 +103,45 @@ def test_a_shape_runs_eagerly_before_it_is_captured():
 def test_shapes_beyond_the_bound_stay_eager():
     weight = torch.nn.Parameter(torch.ones(()))
     graphed = Pretended(lambda x: (weight * x).sum(), [weight])
-    for size in range(1, SHAPES + 3):
+    for size in range(1, GRAPHS + 3):
         for _ in range(EAGER + 2):
             graphed(x=torch.ones(size))
-    assert graphed.happened.count("capture") == SHAPES
+    assert graphed.happened.count("capture") == GRAPHS
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_first_call_after_clearing_writes_the_gradients(given):
+    """The first graph that does makes them, unless they were there before; another one writes to the same place."""
+    weight, unread = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    before = torch.full((3,), 7.0)
+    if given:
+        weight.grad = before
+    graphed = Pretended(lambda x: (weight * x).sum() + (0 if len(x) == 3 else unread.sum()), [weight, unread])
+
+    def after(*calls: torch.Tensor) -> list[float]:
+        graphed.zero_grad()
+        for x in calls:
+            graphed(x=x)
+        return [float(p.grad[0]) for p in (weight, unread)]
+
+    vector, number = torch.full((3,), 2.0), torch.full((1,), 5.0)
+    for _ in range(EAGER):
+        assert after(vector) == [2, 0] and after(number) == [5, 1]
+    graphed.happened.clear()
+    assert after(vector) == [2, 0] and after(number) == [5, 1]
+    assert graphed.happened == ["capture", "replay"] * 2
+    held = weight.grad
+    assert (held is before) == given
+    for p in (weight, unread):
+        p.grad.fill_(torch.nan)  # what is in them counts for nothing
+    assert after(vector) == [2, 0] and after(number, vector) == [7, 1] and after(vector, vector) == [4, 0]
+    assert graphed.happened.count("capture") == 3 and weight.grad is held
+    assert after() == [4, 0]
+    graphed.settle()
+    assert not weight.grad.any() and not unread.grad.any()
+    graphed(x=number)
+    graphed.settle()
+    assert float(weight.grad[0]) == 5
 
 
 def test_gradients_and_weights_that_are_replaced_are_refused():

@@ -6,7 +6,6 @@ and on GPUs the forward and backward pass of a micro-batch as a CUDA graph, whic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ from hla.graphed import GraphedTraining
 from hla.loss import mean_loss
 from hla.train_config import TrainConfig
 from hla.training_state import restore, run_tensors
+from hla.update import clip_and_step
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,14 +61,13 @@ class Replicas(Spread):
             mine, weight = self.share(rows)
             if weight:  # (nobody waits for a rank before the sum)
                 loss += self.graphed(*self.cut(pack_rows(mine)), tokens)
+        self.graphed.settle()  # (if this rank had no rows in the whole step)
         dist.all_reduce(self.gradients)
         # A sum is the same to the bit on all ranks, and so are the norm and the weights after the step.
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip))
-        (found,) = self.total(loss[None])
-        if math.isfinite(found) and math.isfinite(norm):
-            optimizer.step()
+        dist.all_reduce(loss)
+        norm = clip_and_step(optimizer, clip, loss)
         self.graphed.zero_grad()
-        return found, norm
+        return loss.item(), norm.item()
 
     def nats(self, inputs: dict[str, Tensor], targets: Tensor) -> Tensor:
         return mean_loss(self.model, inputs, targets, 1, self.dtype)

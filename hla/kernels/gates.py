@@ -16,6 +16,7 @@ from torch import Tensor
 from hla.kernels.configs import block
 from hla.kernels.launch import launch
 from hla.kernels.library import Operation
+from hla.kernels.partial_sums import added_up
 from hla.kernels.shape import sigmoid
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def _run_gated_norm(plan: str, o: Tensor, gate: Tensor | None, weight: Tensor, d
 def _norm_backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     o, gate, weight = tensors
     do, dgate, dweight = _run_gated_norm(plan, o, gate, weight, grads[0].contiguous())
-    found = [do, dgate, dweight.sum(0).to(weight.dtype)]
+    found = [do, dgate, added_up(dweight).to(weight.dtype)]
     return [y if need else None for y, need in zip(found, needed, strict=True)]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from hla.kernels.configs import block
 from hla.kernels.launch import launch
 from hla.kernels.library import refuse_double_backward
+from hla.kernels.partial_sums import added_up
 
 NUMBERS = 2048  # of a tile, unless one row is more
 STEPS = 16  # tiles a program goes through, and adds up for the gradient of the weight
@@ -108,7 +109,7 @@ class _ResidualNorm(torch.autograd.Function):
             _add_norm_gradient, programs, s, weight, None if ds is None else ds.contiguous(), dy.contiguous(), dx,
             dbranch if own else None, dweight, rows, steps, ctx.eps, D=D, BD=size, BT=tokens, warps=warps,
         )  # fmt: skip
-        return dx, dbranch, dweight.sum(0).to(weight.dtype), None, None
+        return dx, dbranch, added_up(dweight).to(weight.dtype), None, None
 
 
 def residual_norm(

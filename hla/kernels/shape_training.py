@@ -21,6 +21,7 @@ from hla.joined import joined
 from hla.kernels.configs import block
 from hla.kernels.launch import launch
 from hla.kernels.library import Operation
+from hla.kernels.partial_sums import added_up
 from hla.kernels.shape import (
     FEATURES,
     NORMS,
@@ -363,13 +364,14 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     runs, run, blocks, ahead = runs_of(B, T, heads, size, GRADIENT)
     new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=y.device)  # noqa: E731
     dy = torch.empty_like(y)
-    dtaps = new(B * blocks, p.channels, n) if n else None
     dwrite = new(2, B, T, p.HKV) if p.write else None
     at_write, at_ridge, at_decay, end = p.columns
     wide = block(max(p.HQ, p.HKV))
     tokens = max(1, NUMBERS // wide)
     steps = max(1, min(STEPS, B * T // tokens // PROGRAMS))
     programs = -(-B * T // (tokens * steps))
+    blocks = blocks if y.numel() else 0  # (no program, no sums)
+    dtaps = new(B * blocks, p.channels, n) if n else None
     dhead = new(programs, p.HQ) if p.ridge else None
     da_log, dbias = (new(programs, p.HKV) if p.decay == TOKEN else None for _ in range(2))
     if y.numel():
@@ -387,7 +389,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
                 DECAY=at_decay, END=end, BQ=block(p.HQ), BKV=block(p.HKV), BP=block(row - end), BT=tokens, warps=4,
             )  # fmt: skip
     sums = zip((dtaps, dhead, da_log, dbias), tensors[1:5], strict=True)
-    found = [dy, *(None if d is None else d.sum(0).to(x.dtype) for d, x in sums), None, None]
+    found = [dy, *(None if d is None else added_up(d).to(x.dtype) for d, x in sums), None, None]
     return [x if need else None for x, need in zip(found, needed, strict=True)]
 
 

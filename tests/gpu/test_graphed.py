@@ -56,7 +56,8 @@ def trained(attention: str, packed: bool, recompute: bool, graphs: bool):
 def test_the_numbers_are_those_without(attention, packed, recompute):
     numbers, weights, captured = trained(attention, packed, recompute, graphs=True)
     expected, reference, _ = trained(attention, packed, recompute, graphs=False)
-    assert captured == (0 if packed and "softmax" in attention else 1)  # the shapes of the last step come once
+    # The first of a step and the second; the shapes of the last step come once.
+    assert captured == (0 if packed and "softmax" in attention else 2)
     assert numbers == expected and all(map(torch.equal, weights, reference))
     assert expected[0][0] != expected[-1][0] and max(norm for _, norm in expected) > 0.5  # it learns, it clips
 
@@ -75,8 +76,21 @@ def test_every_shape_has_its_graph():
     graphed.zero_grad()
     for batch in [other, one] * (EAGER + 2):
         graphed(batch.inputs(model.device), batch.targets[0].cuda(), 512)
+    assert len(graphed.graphed._captured) == 3
     for p, grad in zip(model.parameters(), once, strict=True):
         assert torch.equal(p.grad, grad)
+    for first in (one, other):  # each writes what it finds, where the other one reads it
+        sums = []
+        for batches in ([first], [first, other]):
+            graphed.zero_grad()
+            for batch in batches:
+                graphed(batch.inputs(model.device), batch.targets[0].cuda(), 512)
+            sums.append([p.grad.clone() for p in model.parameters()])
+        graphed.zero_grad()
+        graphed(other.inputs(model.device), other.targets[0].cuda(), 512)
+        for p, a, b in zip(model.parameters(), *sums, strict=True):
+            torch.testing.assert_close(a + p.grad, b)
+    assert len(graphed.graphed._captured) == 4
     model.zero_grad(set_to_none=True)
     with pytest.raises(HLAError, match=r"zero_grad\(set_to_none=False\)"):
         graphed(one.inputs(model.device), one.targets[0].cuda(), 512)

@@ -94,7 +94,10 @@ def test_a_block_whose_linear_maps_are_joined(how, monkeypatch):
         monkeypatch.setattr(owner, "joinable", lambda *_: False)
     plain = results(block)
     assert len(products) == 4
-    assert_no_worse(found, plain, truth, dtype, factor=1.5)
+    # (A few numbers per head: how far each of the two is from the truth is chance.)
+    few = [3 if x.numel() <= 16 else 1.5 for x in truth]
+    for one in zip(found, plain, truth, few, strict=True):
+        assert_no_worse(*([x] for x in one[:3]), dtype, factor=one[3])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -225,7 +225,7 @@ def test_no_tokens():
     x = torch.randn(2, 0, layer.channels + 12, requires_grad=True)
     q, *_ = shape_training.shaped(layer, x, None, None)
     q.sum().backward()
-    assert x.grad.shape == x.shape
+    assert x.grad.shape == x.shape and not layer.conv_weight.grad.any()
 
 
 def test_one_token_whose_strides_mean_nothing():

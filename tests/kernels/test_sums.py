@@ -1,4 +1,4 @@
-"""Sums over later and earlier tokens, which the gradient of a gate is made of, equal those of float64."""
+"""Sums over tokens equal those of float64: later and earlier ones, of which a gate has its gradient, and all."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ from tests.ops.cases import assert_close
 
 pytest.importorskip("triton")
 from hla.kernels import segments
+from hla.kernels.partial_sums import ROWS, added_up
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -39,3 +40,14 @@ def test_packed_sequences(monkeypatch):
         if len(part):
             assert_close(later[0, start:stop], part.flip(0).cumsum(0).flip(0) + border, 1e-6)
             assert_close(earlier[0, start:stop], border - (part.cumsum(0) - part), 1e-6)
+
+
+@pytest.mark.parametrize("rows", [0, 1, ROWS, 2 * ROWS + 5])
+@pytest.mark.parametrize("shape", [(3,), (32,), (5, 11)])
+def test_what_programs_have_added_up(rows, shape):
+    parts = torch.randn(rows, *shape, device=DEVICE)
+    total = added_up(parts)
+    assert total.shape == shape and total.dtype == torch.float32
+    assert_close(total, parts.double().sum(0), 1e-6)
+    if rows:
+        assert_close(added_up(parts.expand(*parts.shape)[::2]), parts[::2].double().sum(0), 1e-6)
