@@ -30,10 +30,12 @@ demo: $(READY) ## train a small model on real English, let it write, and compare
 	$(BIN)/hla generate $(DEMO) "Fellow citizens, the state of our Union" --max-tokens 150 --temperature 0.7 --top-p 0.9 --seed 1
 	$(BIN)/hla evaluate $(DEMO) --reference benchmarks/results/demo_softmax.json
 
-# Tests of several processes run by themselves: they share a pool, and time-outs. The others share the cores.
+# Tests of several processes run by themselves: they share a pool, and time-outs. The others share the cores. None of
+# them sees a GPU, on which the kernels would not be interpreted; those that need one come last.
 test: lint ## lint, then run all tests
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --ignore tests/distributed
-	$(BIN)/python -m pytest tests/distributed
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal --ignore tests/distributed --ignore tests/gpu
+	CUDA_VISIBLE_DEVICES= $(BIN)/python -m pytest tests/distributed
+	$(BIN)/python -m pytest tests/gpu
 
 lint: $(READY) ## check style and types
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 HAS_MKL = torch.backends.mkl.is_available()
 ROWS = 4  # up to which it pays: with 8 rows the ordinary product is as fast
@@ -30,6 +31,7 @@ def project(linear: nn.Module, x: Tensor) -> Tensor:
 def is_bare(module: nn.Module) -> bool:
     """Whether calling it does no more than `forward` of its class: no hooks, and a weight that is here."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    hooks = hooks or _has_any_global_hook()
     return not hooks and "forward" not in vars(module)  # (the latter is how accelerate moves weights)
 
 

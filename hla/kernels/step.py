@@ -30,6 +30,7 @@ from hla.ops.state import State, unpack, zeros
 
 FEW_PROGRAMS = 132  # one to a multiprocessor of an H100: with fewer, a token waits for latency, not for bandwidth
 RESIDENT = 128  # up to this K, hla_q holds S in registers
+TWO_PROGRAMS = 128  # registers of a thread of 8 warps, so that a multiprocessor has one program that loads beside another
 # Whether a step overlaps with the launch before it, which then must not write the state (see `overlapping`).
 _overlapping = contextvars.ContextVar("overlapping", default=False)
 
@@ -124,19 +125,21 @@ def _launch(
     sizes = dict(
         T=T, HKV=hkv, K=K, V=V, BK=BK, HEADS=heads, READERS=readers, PACKED=S is not None and S.dim() == 5, PDL=pdl
     )
-    overlap: dict[str, Any] = {"launch_pdl": True} if pdl else {}
+    options: dict[str, Any] = {"launch_pdl": True} if pdl else {}
     if order:
         BI = BK if BK <= RESIDENT else 32
         held = (few or BK <= 64) and T == 1 and BI == BK and BV <= RESIDENT
         BC = BV if held else min(BV, 8192 // BK)
         warps = min(8, BK * max(BK, BV) // 1024) if held else min(16 if sizes["PACKED"] else 8, BI * BK // 1024)
+        if warps == 8 and not (few or held or sizes["PACKED"]) and torch.version.hip is None:
+            options["maxnreg"] = TWO_PROGRAMS
         with torch.cuda.device_of(q):
             query_side_kernel[batch * hkv,](
                 q, k, v, g, ridge, nodes, slots, o, old[0], old[1], S, P,
                 *_strides(q, k, v, g, ridge), *(nodes.stride() if _is(nodes) else (0,) * 4),
                 *(_row_stride(x) for x in (old[0], old[1], S, P)), numbers[4],
                 RIDGE=_is(ridge), ORDER=order, GQ=hq // hkv, BC=BC, HELD=held, BI=BI, **sizes,
-                num_warps=max(1, warps), **overlap,
+                num_warps=max(1, warps), **options,
             )  # fmt: skip
         return o
     hp = F.shape[1]
@@ -155,7 +158,7 @@ def _launch(
             GAIN=_is(gain), RIDGE=_is(ridge), VALUE_GAIN=_is(value_gain), VALUE_RIDGE=_is(value_ridge),
             KEYS=S is not None, VALUES=P is not None, NORMALIZE=n is not None,
             GP=hp // hkv, GQ=hq // hp, BI=BI, BV=BV, SPLITS=splits, **sizes,
-            num_warps=max(1, min(16, max(BI, readers) * width // 1024)), **overlap,
+            num_warps=max(1, min(16, max(BI, readers) * width // 1024)), **options,
         )  # fmt: skip
     return o
 

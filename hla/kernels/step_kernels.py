@@ -401,7 +401,7 @@ def query_side_kernel(
             query = _vector(_at(q, b, t, head, q_b, q_t, q_h), wide, in_k)
             least = _number(ridge, b, t, head, ridge_b, ridge_t, ridge_h, RIDGE)
             node_at = b * nodes_b + t * nodes_t + head * nodes_h
-            if BI == BK:
+            if PACKED and BI == BK:
                 own = _all_nodes(nodes, node_at, nodes_n, ORDER)
                 xj = _iterated(S, query, least, trace, own, ORDER, BK)
             else:
@@ -409,7 +409,9 @@ def query_side_kernel(
                 for n in range(1, ORDER + 1):
                     theta = least + _node(nodes, node_at + n * nodes_n, n, ORDER) * trace
                     read = tl.zeros((BK,), tl.float32)
-                    for first in range(0, BK, BI):
+                    if BI == BK:  # (`_iterated` takes twice the registers, so half as many programs run at a time)
+                        read = tl.sum(S * xj[:, None], 0)
+                    for first in range(0, BK if BI < BK else 0, BI):
                         rows = first + tl.arange(0, BI)
                         at, inside, _ = _in_S(rows, wide, K, PACKED, True)
                         part = tl.sum(_old(S_new, at, inside) * xj[None, :], 1)

@@ -22,7 +22,7 @@ from hla.models.cache_hla import HLACache
 from hla.models.configuration_hla import HLAConfig
 from hla.norm import RMSNorm, residual
 from hla.ops.checks import HAS_TRITON
-from hla.projection import project
+from hla.projection import is_bare, project
 from hla.rotary import apply_rope, rope_cos_sin
 
 if TYPE_CHECKING:
@@ -358,6 +358,7 @@ class HLAModel(HLAPreTrainedModel):
             getattr(block, "gradient_checkpointing", False) for block in self.layers
         )
         apart = self.training and torch.is_grad_enabled() and has_kernels(x) and not (output_hidden_states or again)
+        apart = apart and all(map(is_bare, self.layers))  # (hooks of a block are to see its output)
         for block in self.layers:
             x = block(
                 x,

@@ -43,7 +43,8 @@ STEP_MAY_SPILL = {
     (90, "hla2", 256, 128, 8, True): 0,
     (90, "hla2", 1, 128, 1, True): 16,
     (90, "hla3", 256, 128, 8, True): 0,
-    (90, "hla_q", 256, 128, 8, False): 0,
+    (90, "hla_q", 256, 128, 1, False): 0,
+    (90, "hla_q", 256, 128, 8, False): 32,  # (Triton 3.6 needs 0, 3.9 needs 20)
     (90, "hla_q", 256, 128, 1, True): 0,
     (90, "hla_q", 256, 256, 8, True): 0,
     (80, "hla3", 256, 256, 8, True): 0,
@@ -386,6 +387,13 @@ def test_kernels_stay_below_the_shared_memory_of_the_card(row, needs):
 def test_kernels_spill_no_more_than_their_row_may(row, needs):
     for kernel, registers, spilled, *_ in needs[row]:
         assert spilled <= MAY[row], f"{kernel} with {registers} registers"
+
+
+@pytest.mark.parametrize("T", [1, 8])
+def test_a_large_batch_has_two_steps_of_hla_q_on_a_multiprocessor(T, needs):
+    """One that loads its state while another one computes; alone, a token takes 1.4 times as long."""
+    ((_, registers, *_),) = needs[90, "hla_q", 256, 128, T, False]
+    assert 2 * 8 * 32 * registers <= 65536
 
 
 @row
