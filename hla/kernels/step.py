@@ -30,7 +30,7 @@ from hla.ops.state import State, unpack, zeros
 
 FEW_PROGRAMS = 132  # one to a multiprocessor of an H100: with fewer, a token waits for latency, not for bandwidth
 RESIDENT = 128  # up to this K, hla_q holds S in registers
-TWO_PROGRAMS = 128  # registers of a thread of 8 warps, so that a multiprocessor has one program that loads beside another
+TWO_PROGRAMS = 128  # registers of a thread of 8 warps: one program of a multiprocessor loads while another one computes
 # Whether a step overlaps with the launch before it, which then must not write the state (see `overlapping`).
 _overlapping = contextvars.ContextVar("overlapping", default=False)
 
