@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hla.kernels.fused import fits, fused, matches
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import Read, read, row_dot, sum_heads
+from hla.kernels.linear_attn import Read, both_at_once, read, row_dot, sum_heads
 from hla.kernels.segments import Cut, cut, minus_earlier, sum_later
 from hla.ops.linear_attn import Stage
 
@@ -269,6 +269,20 @@ class _Backward:
             self.add(name, done.o)
         return done
 
+    def both(self, s: Stage, k: Tensor, q: Tensor, dy: Tensor, v: Tensor, **options) -> Read:
+        """The gradients of values and keys in one walk."""
+        heads, twin = options["heads"], s.keys == s.values
+        out, other = (self.d.get(n) if self.x[n].shape[2] == heads else None for n in (s.values, s.keys))
+        done = read(
+            k, q, dy, self.g, self.shape, out=out, out_dtype=self.dtype(s.values), u=v,
+            other=False if twin else True if other is None else other, other_dtype=self.dtype(s.keys), **options,
+        )  # fmt: skip
+        if out is None:
+            self.add(s.values, done.o)
+        if other is None and done.other is not None:
+            self.add(s.keys, done.other)
+        return done
+
     def stage(self, s: Stage, state: tuple[int, int, int], initial: Tensor | None, dfinal: Tensor | None) -> Tensor:
         """Adds the gradients of what a stage read; returns that of its initial state."""
         dy = self.d.pop(s.out, None)
@@ -294,14 +308,16 @@ class _Backward:
         adjoint = dict(common, reverse=not reverse, write=write, factor=factor)
         wants_state = initial is not None
         twin = s.keys == s.values
-        values = self.reading(
-            s.values, k, q, dy, x=k if self.gated and twin else None, initial=ends, final=wants_state, **adjoint
-        )
-        transposed = None if ends is None else ends.mT
-        entered = None if values.entered is None else values.entered.mT
-        keys = self.reading(
-            s.keys, v, dy, q, x=k if self.gated and not twin else None, initial=transposed, entered=entered, **adjoint
-        )
+        if not self.gated and both_at_once(k, q, dy, self.g):
+            values = keys = self.both(s, k, q, dy, v, initial=ends, final=wants_state, **adjoint)
+        else:
+            values = self.reading(
+                s.values, k, q, dy, x=k if self.gated and twin else None, initial=ends, final=wants_state, **adjoint
+            )
+            keys = self.reading(
+                s.keys, v, dy, q, x=k if self.gated and not twin else None, initial=None if ends is None else ends.mT,
+                entered=None if values.entered is None else values.entered.mT, **adjoint,
+            )  # fmt: skip
 
         fused = [r for r in s.residuals if r[1] == s.query and q.shape[2] == heads and dy.shape[-1] == q.shape[-1]][:1]
         ridge = _number(fused[0][0], self.x) if fused else 0.0

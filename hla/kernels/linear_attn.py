@@ -4,7 +4,8 @@
 
 ``E`` is the decayed mask of `hla.ops.linear_attn`: inclusive, strict or reversed. With the factors ``factor_t`` on
 reading and ``w_j`` on writing the same kernel is the forward pass of a `Stage` and each of its three gradients
-(``dq = LA(do, v, k)``, ``dk = LA^r(v, do, q)``, ``dv = LA^r(k, q, do)``). Without a query it only accumulates.
+(``dq = LA(do, v, k)``, ``dk = LA^r(v, do, q)``, ``dv = LA^r(k, q, do)``). Without a query it only accumulates. The last two
+walk the same state, transposed: where a program has all of its columns, one walk with two queries gives both.
 
 **Parallelism.** A program owns one segment of one sequence, one head and some columns of the values (columns of the
 state are independent). Where sequences x heads x column blocks do not fill the card, sequences are split into several
@@ -32,15 +33,17 @@ from hla.kernels.segments import Cut, enter
 @triton.jit(
     do_not_specialize=[
         "length", "segment", "per_sequence", "heads",
-        "gq", "gk", "gv", "gg", "gs", "gf", "gw", "gi", "gr", "gx",
+        "gq", "gk", "gv", "gu", "gg", "gs", "gf", "gw", "gi", "gr", "gx",
     ]
 )  # fmt: skip
 def walk(
-    Q, K, V, OUT, G, FACTOR, WRITE, RIDGE, RESIDUAL, X, DOT, OWN, ENTER, LEAVE, TOTAL, SLOTS,
-    factor, ridge, length, segment, per_sequence, heads, gq, gk, gv, gg, gs, gf, gw, gi, gr, gx,
-    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, o_b, o_t, o_h, r_b, r_t, r_h, x_b, x_t, x_h, e_n, e_h, e_k, e_v,
+    Q, K, V, U, OUT, OUT_U, G, FACTOR, WRITE, RIDGE, RESIDUAL, X, DOT, OWN, ENTER, LEAVE, TOTAL, SLOTS,
+    factor, ridge, length, segment, per_sequence, heads, gq, gk, gv, gu, gg, gs, gf, gw, gi, gr, gx,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, u_b, u_t, u_h, o_b, o_t, o_h, ou_b, ou_t, ou_h, r_b, r_t, r_h,
+    x_b, x_t, x_h, e_n, e_h, e_k, e_v,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
-    GATE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
+    GATE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, ADD: tl.constexpr, ADD_U: tl.constexpr,
+    SPLIT: tl.constexpr,
     EXACT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BV columns. Pointers that are None switch their part off at compile time.
@@ -50,6 +53,9 @@ def walk(
     were rounded to bfloat16 are followed by what the rounding left over, for dots whose differences are summed up over
     the whole sequence (the gradient of the decays), where rounding would add up and the sums cancel. DOT then leaves
     out what a token reads of itself, which goes to OWN.
+
+    U: a query that reads keys by their values, ``sum_j E_tj w_j (u_t . v_j) k_j``, into OUT_U or, without it, into OUT,
+    too. Only where BV covers DV, and without DOT and EXACT.
     """
     blocks: tl.constexpr = (DV + BV - 1) // BV
     block = tl.program_id(0) % blocks
@@ -134,6 +140,27 @@ def walk(
                 scores = tl.where(same, 0.0, scores)
             rounded = scores.to(OPERAND)
             acc = tl.dot(rounded, v, acc, input_precision=PRECISION)
+            if U is not None:
+                tl.static_assert(blocks == 1 and DOT is None and not EXACT)
+                pu = U + batch * u_b + tl.cast(h // gu, tl.int64) * u_h + row * u_t
+                u = tl.load(pu + (rows[:, None] * u_t + cv[None, :]), mask=in_v, other=0.0).to(OPERAND)
+                scores = tl.dot(u, tl.trans(v), input_precision=PRECISION)
+                other = tl.dot(u, tl.trans(state.to(OPERAND)), input_precision=PRECISION)
+                if GATE != 0:
+                    scores *= tl.exp2(late[None, :] - c[:, None] if REVERSE else late[:, None] - c[None, :])
+                    other *= tl.exp2(total - c if REVERSE else late)[:, None]
+                if WRITE is not None:
+                    scores *= w[None, :]
+                scores = tl.where(mask, scores, 0.0)
+                other = tl.dot(scores.to(OPERAND), k, other, input_precision=PRECISION)
+                if OUT_U is None:
+                    acc += other
+                else:
+                    other *= factor
+                    pu = OUT_U + batch * ou_b + h * ou_h + row * ou_t + (rows[:, None] * ou_t + ck[None, :])
+                    if ADD_U:
+                        other += tl.load(pu, mask=in_k, other=0.0).to(tl.float32)
+                    tl.store(pu, other.to(OUT_U.dtype.element_ty), mask=in_k)
             if EXACT:
                 acc = tl.dot((scores - rounded.to(tl.float32)).to(OPERAND), v, acc, input_precision=PRECISION)
 
@@ -190,13 +217,14 @@ def walk(
 class Read(NamedTuple):
     """Results of `read`: o ``[B, T, H, V]``; the final state ``[N, Hs, K, V]``, or None; what entered each segment
     ``[slots, Hs, K, V]``, or None without a split; ``[B, T, H]`` float32 with ``x_t . sum_j ...``, or None (without
-    j = t if exact, and then that term alone if asked for)."""
+    j = t if exact, and then that term alone if asked for); what u reads ``[B, T, H, K]``, or None if that is in o."""
 
     o: Tensor
     final: Tensor | None
     entered: Tensor | None
     dot: Tensor | None
     own: Tensor | None
+    other: Tensor | None = None
 
 
 def operand(*tensors: Tensor) -> tuple[tl.dtype, str]:
@@ -245,6 +273,9 @@ def read(
     out_dtype: torch.dtype = torch.float32,
     exact: bool = False,
     own: bool = False,
+    u: Tensor | None = None,
+    other: Tensor | bool = False,
+    other_dtype: torch.dtype = torch.float32,
 ) -> Read:
     """``o_t = factor_t sum_j E_tj w_j (q_t . k_j) v_j + ridge_t residual_t``, added to ``out`` where that is given.
 
@@ -253,6 +284,8 @@ def read(
         g, factor, write, ridge: ``[B, T, H*]`` contiguous (or numbers).
         x: ``[B, T, H*, V]``, of which the dots with the sums are wanted; exact: to float32's digits.
         initial: ``[N, Hs, K, V]``, any strides. entered: from an earlier call with the same keys and values.
+        u: ``[B, T, H*, V]``, where `both_at_once`: also ``factor sum_j E_tj w_j (u_t . v_j) k_j``, factor a number:
+            added to ``other``, or to a new tensor (True), or to o (False; K is V).
     """
     B, T = q.shape[:2]
     K, V = k.shape[-1], v.shape[-1]
@@ -268,6 +301,9 @@ def read(
     else:
         o = out
     # (A state per head of the output: what is per token and head of the query is part of it.)
+    second = other if isinstance(other, Tensor) else None
+    if other is True:
+        second = torch.empty(B, T, heads, K, dtype=other_dtype, device=q.device)
     leave = torch.empty(shape.sequences, state_heads, K, V, dtype=torch.float32, device=q.device) if final else None
     exact = exact and x is not None
     blocks = -(-V // _config(tensors, g, exact)[2].columns)
@@ -278,10 +314,17 @@ def read(
     _launch(
         q, k, v, o, g, shape, heads=heads, gate=gate, reverse=reverse, strict=strict, factor=factor, write=write,
         ridge=ridge, residual=residual, x=x, dot=dot, own=own_dot, enter=entered if shape.split else initial,
-        leave=leave, total=None, add=out is not None, state_heads=state_heads, exact=exact,
+        leave=leave, total=None, add=out is not None, state_heads=state_heads, exact=exact, u=u, other=second,
+        add_other=isinstance(other, Tensor),
     )  # fmt: skip
     total = lambda y: None if y is None else y.sum(-1) if blocks > 1 else y[..., 0]  # noqa: E731
-    return Read(o, leave, entered, total(dot), total(own_dot))
+    return Read(o, leave, entered, total(dot), total(own_dot), second)
+
+
+def both_at_once(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> bool:
+    """Whether `read` takes a second query: a program has all columns of the state, in half of its registers."""
+    columns = _config([q, k, v], g, False)[2].columns
+    return block(v.shape[-1]) <= columns and block(k.shape[-1]) <= 64
 
 
 def accumulate(
@@ -302,7 +345,7 @@ def accumulate(
 
 def _launch(
     q, k, v, o, g, shape, *, heads, gate, reverse, strict, factor, write, ridge, residual, x, dot, own, enter, leave,
-    total, add, state_heads, exact,
+    total, add, state_heads, exact, u=None, other=None, add_other=False,
 ) -> None:  # fmt: skip
     K, V = k.shape[-1], v.shape[-1]
     dtype, precision, config = _config([k, v] if q is None else [q, k, v], g, exact)
@@ -315,17 +358,17 @@ def _launch(
 
     launch(
         walk, shape.slots * heads * -(-V // config.columns),
-        q, k, v, o, g, factor if isinstance(factor, Tensor) else None, write,
+        q, k, v, u, o, other, g, factor if isinstance(factor, Tensor) else None, write,
         ridge if isinstance(ridge, Tensor) else None, residual, x, dot, own, enter, leave, total,
         shape.table,
         0.0 if isinstance(factor, Tensor) else float(factor), 0.0 if isinstance(ridge, Tensor) else float(ridge),
         shape.length, shape.segment, shape.per_sequence, heads,
-        group(q), group(k), group(v), group(g), heads // state_heads, group(factor), group(write), group(ridge),
+        group(q), group(k), group(v), group(u), group(g), heads // state_heads, group(factor), group(write), group(ridge),
         group(residual), group(x),
-        *strides(q), *strides(k), *strides(v), *strides(o), *strides(residual), *strides(x),
+        *strides(q), *strides(k), *strides(v), *strides(u), *strides(o), *strides(other), *strides(residual), *strides(x),
         *((0, 0, 0, 0) if enter is None else enter.stride()),
         DK=K, DV=V, C=config.chunk, BK=block(K), BV=config.columns, GATE=0 if g is None else gate, REVERSE=reverse,
-        STRICT=strict, ADD=add, SPLIT=shape.split, EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype,
+        STRICT=strict, ADD=add, ADD_U=add_other, SPLIT=shape.split, EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype,
         PRECISION=precision, warps=config.warps, stages=config.stages,
     )  # fmt: skip
 

@@ -242,6 +242,33 @@ def test_all_modes_of_the_primitive_equal_the_chunk_form(mode, T, short_segments
         assert_close(a, b, 1e-4, n)
 
 
+@pytest.mark.parametrize("op,stages", [("linear_attn", "v"), ("hla2", "kv"), ("ahla", "vv"), ("hla3", "kvv")])
+@pytest.mark.parametrize("V", [20, 40])
+def test_one_walk_gives_the_gradients_of_keys_and_values_where_it_has_all_columns(op, stages, V, monkeypatch):
+    """Of 32 here; stages: whose width they have. With a gate whose gradient is wanted there are dots, and two walks."""
+    walks = []
+    monkeypatch.setattr(
+        linear_attn, "launch", lambda *a, f=linear_attn.launch, **k: (walks.append(a[0]), f(*a, **k))
+    )
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 70, heads, 17) for heads in (2, 1))
+    v, g = torch.randn(1, 70, 1, V), -torch.rand(1, 70, 1)
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+
+    def gradients(*more: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        o, _ = getattr(hla, op)(q, k, v, g=g if more else None, backend="triton")
+        walks.clear()
+        return torch.autograd.grad(o.square().sum(), (*leaves, *more))
+
+    found, both = gradients(), len(walks)
+    gradients(g.requires_grad_())
+    together = len(stages) if V == 20 else stages.count("k")
+    assert (both, len(walks)) == (3 * len(stages) - together, 3 * len(stages))
+    monkeypatch.setattr(sys.modules["hla.kernels.chain"], "both_at_once", lambda *_: False)
+    for a, b in zip(found, gradients(), strict=True):
+        assert_close(a, b, 1e-6)
+
+
 def test_a_batch_invariant_split_depends_on_the_length_alone():
     device = torch.device("cpu")
     alone = segments.cut(1, 5000, 1, None, device).segment
