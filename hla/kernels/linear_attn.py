@@ -4,8 +4,8 @@
 
 ``E`` is the decayed mask of `hla.ops.linear_attn`: inclusive, strict or reversed. With the factors ``factor_t`` on
 reading and ``w_j`` on writing the same kernel is the forward pass of a `Stage` and each of its three gradients
-(``dq = LA(do, v, k)``, ``dk = LA^r(v, do, q)``, ``dv = LA^r(k, q, do)``). Without a query it only accumulates. The last two
-walk the same state, transposed: where a program has all of its columns, one walk with two queries gives both.
+(``dq = LA(do, v, k)``, ``dk = LA^r(v, do, q)``, ``dv = LA^r(k, q, do)``). Without a query it only accumulates. The
+last two walk the same state, transposed: where a program has all of its columns, one walk with two queries gives both.
 
 **Parallelism.** A program owns one segment of one sequence, one head and some columns of the values (columns of the
 state are independent). Where sequences x heads x column blocks do not fill the card, sequences are split into several
@@ -363,13 +363,14 @@ def _launch(
         shape.table,
         0.0 if isinstance(factor, Tensor) else float(factor), 0.0 if isinstance(ridge, Tensor) else float(ridge),
         shape.length, shape.segment, shape.per_sequence, heads,
-        group(q), group(k), group(v), group(u), group(g), heads // state_heads, group(factor), group(write), group(ridge),
-        group(residual), group(x),
-        *strides(q), *strides(k), *strides(v), *strides(u), *strides(o), *strides(other), *strides(residual), *strides(x),
+        group(q), group(k), group(v), group(u), group(g), heads // state_heads, group(factor), group(write),
+        group(ridge), group(residual), group(x),
+        *strides(q), *strides(k), *strides(v), *strides(u), *strides(o), *strides(other), *strides(residual),
+        *strides(x),
         *((0, 0, 0, 0) if enter is None else enter.stride()),
         DK=K, DV=V, C=config.chunk, BK=block(K), BV=config.columns, GATE=0 if g is None else gate, REVERSE=reverse,
-        STRICT=strict, ADD=add, ADD_U=add_other, SPLIT=shape.split, EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype,
-        PRECISION=precision, warps=config.warps, stages=config.stages,
+        STRICT=strict, ADD=add, ADD_U=add_other, SPLIT=shape.split,
+        EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype, PRECISION=precision, warps=config.warps, stages=config.stages,
     )  # fmt: skip
 
 
