@@ -370,7 +370,8 @@ def _launch(
         *((0, 0, 0, 0) if enter is None else enter.stride()),
         DK=K, DV=V, C=config.chunk, BK=block(K), BV=config.columns, GATE=0 if g is None else gate, REVERSE=reverse,
         STRICT=strict, ADD=add, ADD_U=add_other, SPLIT=shape.split,
-        EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype, PRECISION=precision, warps=config.warps, stages=config.stages,
+        EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype, PRECISION=precision,
+        warps=config.warps, stages=config.stages,
     )  # fmt: skip
 
 

@@ -247,9 +247,7 @@ def test_all_modes_of_the_primitive_equal_the_chunk_form(mode, T, short_segments
 def test_one_walk_gives_the_gradients_of_keys_and_values_where_it_has_all_columns(op, stages, V, monkeypatch):
     """Of 32 here; stages: whose width they have. With a gate whose gradient is wanted there are dots, and two walks."""
     walks = []
-    monkeypatch.setattr(
-        linear_attn, "launch", lambda *a, f=linear_attn.launch, **k: (walks.append(a[0]), f(*a, **k))
-    )
+    monkeypatch.setattr(linear_attn, "launch", lambda *a, f=linear_attn.launch, **k: (walks.append(a[0]), f(*a, **k)))
     torch.manual_seed(0)
     q, k = (torch.randn(1, 70, heads, 17) for heads in (2, 1))
     v, g = torch.randn(1, 70, 1, V), -torch.rand(1, 70, 1)
