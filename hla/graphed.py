@@ -27,6 +27,9 @@ GRAPHS = 32  # at most: a shape has one or two, each takes some megabytes for it
 class Pool:
     """Memory that graphs which never run at the same time share: that of the largest. It is freed with the last one.
 
+    What a graph leaves there, the next one may write over. (So gradients are elsewhere, unless a `Graphed` has a pool
+    of its own.)
+
     Attributes:
         stream: of captures and of the calls before them, so that libraries have their workspaces for it already.
         handle: PyTorch's name of the memory.
@@ -72,7 +75,7 @@ class Graphed:
         device = self._parameters[0].device
         self.pool = Pool.on(device) if pool is None and device.type == "cuda" else pool
         self._held: list[tuple[nn.Parameter, Tensor, int]] = []  # gradients and addresses that graphs have written down
-        self._given = any(p.grad is not None for p in self._parameters)  # from outside, and to be left where they are
+        self._given = pool is not None  # whether gradients are to stay where they are: from outside, or a shared pool
         self._cleared = False  # whether gradients count as zero, whatever is in them
         self._calls: dict[Any, int] = {}
         self._captured: dict[Any, _Captured] = {}  # by shape, and whether gradients are written
@@ -90,36 +93,43 @@ class Graphed:
         """
         if self.pool is None:
             return self.eager(**inputs)
+        self._hold_gradients()
         key = tuple((n, x.shape, x.dtype) if isinstance(x, Tensor) else (n, x) for n, x in inputs.items())
+        full = len(self._captured) == GRAPHS
+        if full and (key, True) not in self._captured and (key, False) in self._captured:
+            self.settle()  # and add to zeros
         if (key, self._cleared) not in self._captured:
             calls = self._calls[key] = self._calls.get(key, 0) + 1
             if calls <= EAGER:
                 return self._beside(self.pool, inputs)
-            if len(self._captured) == GRAPHS:
+            if full:
                 return self.eager(**inputs)
-            self._hold_gradients()
             self._captured[key, self._cleared] = self._capture(self.pool, inputs)
-        self._hold_gradients()
-        captured, self._cleared = self._captured[key, self._cleared], False
+        captured = self._captured[key, self._cleared]
         for name, static in captured.inputs.items():
             static.copy_(inputs[name])  # type: ignore[arg-type]
         captured.replay()
+        self._cleared = False
         return captured.loss.clone()
 
     def eager(self, **inputs: Tensor | float) -> Tensor:
         """The same without a graph, whatever the shape; also for inputs for which the loss must wait for the device."""
-        self._hold_gradients()
         self.settle()
         return self._run(inputs)
 
     def zero_grad(self) -> None:
-        """Gradients are zero for the next call, which may write over what is still in them, or for `settle`."""
+        """Gradients are None until the next call, which may write them, or `settle`."""
+        self._hold_gradients()
         self._cleared = True
+        for p in self._parameters:  # so that nobody adds to what is still in them
+            p.grad = None
 
     def settle(self) -> None:
-        """Sees to it that the gradients are zero if they were cleared and no call has come since."""
+        """Sees to it that there are gradients: zeros, if they were cleared and no call has come since."""
+        self._hold_gradients()
         if self._cleared:
-            torch._foreach_zero_([p.grad for p in self._parameters if p.grad is not None])
+            for _, grad, _ in self._held:
+                grad.zero_()
         self._cleared = False
 
     def _run(self, inputs: Mapping[str, Tensor | float]) -> Tensor:
@@ -132,17 +142,18 @@ class Graphed:
         """What is captured. The first graph, if it writes gradients, also makes them, in its memory."""
         if not self._cleared:
             return self._run(inputs)
+        if not self._captured and not self._given:
+            self._held = []  # (their memory is free again)
         try:
             for p in self._parameters:
                 p.grad = None
             loss = self._run(inputs)
-            if not self._captured and not self._given:
+            if not self._held:
                 self._held = [(p, _gradient(p), p.data_ptr()) for p in self._parameters]
-            else:
-                reached = [(held, p.grad) for p, held, _ in self._held if p.grad is not None]
+            elif reached := [(held, p.grad) for p, held, _ in self._held if p.grad is not None]:
                 torch._foreach_copy_([held for held, _ in reached], [grad for _, grad in reached])
-                for held in (held for p, held, _ in self._held if p.grad is None):
-                    held.zero_()
+            for held in (held for p, held, _ in self._held if p.grad is None):
+                held.zero_()
         finally:  # (also if there was no memory for it)
             for p, held, _ in self._held:
                 p.grad = held
@@ -150,7 +161,16 @@ class Graphed:
 
     def _hold_gradients(self) -> None:
         """Makes gradients before autograd does; once there is a graph sees that it knows them."""
+        if self._cleared:  # what somebody else has added since, by a backward pass of their own, counts
+            added = any(p.grad is not None and p.grad is not grad for p, grad, _ in self._held)
+            for p, grad, _ in self._held:
+                if added:
+                    grad.zero_() if p.grad is None else grad.copy_(p.grad)
+                p.grad = grad
+            self._cleared = not added
         if not self._captured:
+            mine = {id(grad) for _, grad, _ in self._held}
+            self._given |= any(p.grad is not None and id(p.grad) not in mine for p in self._parameters)
             for p in self._parameters:
                 p.grad = _gradient(p)
             self._held = [(p, p.grad, p.data_ptr()) for p in self._parameters if p.grad is not None]
@@ -162,7 +182,6 @@ class Graphed:
 
     def _beside(self, pool: Pool, inputs: Mapping[str, Tensor | float]) -> Tensor:
         """Eagerly on the stream of captures."""
-        self._hold_gradients()
         self.settle()
         here = torch.cuda.current_stream(pool.device)
         pool.stream.wait_stream(here)

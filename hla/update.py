@@ -11,8 +11,8 @@ from torch import Tensor
 def clip_and_step(optimizer: torch.optim.Optimizer, clip: float, loss: Tensor) -> Tensor:
     """Scale the gradients so that their norm is at most ``clip``, and let the optimizer step if everything is finite.
 
-    Where a fused optimizer can, it scales while it reads the gradients, and decides on the device: the host does not
-    wait, and can launch the step while the gradients are still being computed.
+    A fused Adam or AdamW scales while it reads the gradients, and decides on the device: the host does not wait, and
+    can launch the step while the gradients are still being computed.
 
     Args:
         optimizer: its parameters count, those of all groups together.
@@ -24,9 +24,9 @@ def clip_and_step(optimizer: torch.optim.Optimizer, clip: float, loss: Tensor) -
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     finite = (loss.sum() + norm).isfinite()
-    if optimizer.defaults.get("fused") and getattr(optimizer, "_step_supports_amp_scaling", False):
-        fused: Any = optimizer  # that reads what GradScaler leaves there
-        fused.grad_scale = ((norm + 1e-6) / clip).clamp(min=1)
+    if isinstance(optimizer, torch.optim.Adam) and all(group.get("fused") for group in optimizer.param_groups):
+        fused: Any = optimizer  # that reads what GradScaler leaves there; in float32, whatever the gradients have
+        fused.grad_scale = ((norm.float() + 1e-6) / clip).clamp(min=1)
         fused.found_inf = (~finite).float()
         try:
             optimizer.step()

@@ -27,6 +27,7 @@ class Pretended(Graphed):
 
     def __init__(self, *args):
         super().__init__(*args, pool=Pool(torch.device("cpu"), None, None))
+        self._given = False  # a pool of its own
         self.happened = []
 
     def _beside(self, pool, inputs):
@@ -136,12 +137,57 @@ def test_the_first_call_after_clearing_writes_the_gradients(given):
         p.grad.fill_(torch.nan)  # what is in them counts for nothing
     assert after(vector) == [2, 0] and after(number, vector) == [7, 1] and after(vector, vector) == [4, 0]
     assert graphed.happened.count("capture") == 3 and weight.grad is held
-    assert after() == [4, 0]
+    graphed.zero_grad()
+    assert weight.grad is None and unread.grad is None
     graphed.settle()
-    assert not weight.grad.any() and not unread.grad.any()
+    assert weight.grad is held and not weight.grad.any() and not unread.grad.any()
     graphed(x=number)
     graphed.settle()
     assert float(weight.grad[0]) == 5
+
+
+@pytest.mark.parametrize("calls", [1, EAGER + 2])
+def test_what_another_backward_pass_adds_after_clearing_counts(calls):
+    weight, other = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    graphed = Pretended(lambda x: (weight * x).sum() + other.sum(), [weight, other])
+    for _ in range(calls):
+        graphed.zero_grad()
+        graphed(x=torch.ones(3))
+    held = weight.grad
+    graphed.zero_grad()
+    (weight * 7).sum().backward()
+    assert float(weight.grad[0]) == 7  # and not what was there before
+    graphed(x=torch.ones(3))
+    assert weight.grad is held or calls == 1
+    assert (float(weight.grad[0]), float(other.grad[0])) == (8, 1)
+
+
+def test_gradients_that_are_put_in_place_later_stay_there():
+    weight = torch.nn.Parameter(torch.ones(3))
+    graphed = Pretended(lambda x: (weight * x).sum(), [weight])
+    flat = torch.zeros(6)
+    weight.grad = flat[3:]
+    for _ in range(EAGER + 2):
+        graphed.zero_grad()
+        graphed(x=torch.full((3,), 2.0))
+    assert flat.tolist() == [0, 0, 0, 2, 2, 2] and "replay" in graphed.happened
+
+
+def test_a_call_that_fails_leaves_gradients_cleared():
+    weight = torch.nn.Parameter(torch.ones(3))
+    graphed = Pretended(lambda x: (weight * x).sum(), [weight])
+    for _ in range(EAGER + 1):
+        graphed.zero_grad()
+        graphed(x=torch.ones(3))
+    graphed.zero_grad()
+    (key,) = graphed._captured
+    captured = graphed._captured[key]
+    graphed._captured[key] = captured._replace(replay=lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        graphed(x=torch.ones(3))
+    graphed._captured[key] = captured
+    graphed(x=torch.ones(3))
+    assert float(weight.grad[0]) == 1
 
 
 def test_gradients_and_weights_that_are_replaced_are_refused():

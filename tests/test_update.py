@@ -61,3 +61,32 @@ def test_what_is_not_finite_changes_nothing(broken, fused):
     assert bool(norms[1].isfinite()) == (broken == "loss")
     _, without, _ = steps(fused, gradients[::2], losses[::2], 1.0)
     assert all(map(torch.equal, weights[2], without[1]))  # as if it had never been
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_gradients_of_other_dtypes(dtype):
+    weights = []
+    for fused in (True, False):
+        p = torch.nn.Parameter(torch.ones(4, dtype=dtype))
+        optimizer = torch.optim.AdamW([p], lr=0.1, fused=fused)
+        p.grad = torch.tensor([1.0, -2.0, 3.0, 4.0], dtype=dtype)
+        assert clip_and_step(optimizer, 1.0, torch.ones(())).item() == pytest.approx(math.sqrt(30), rel=1e-2)
+        weights.append(p.detach())
+    torch.testing.assert_close(*weights)
+    assert not torch.equal(weights[0], torch.ones(4, dtype=dtype))
+
+
+@pytest.mark.parametrize("how", ["a group", "loaded", "SGD"])
+def test_what_is_not_all_fused_adam_is_decided_by_the_host(how):
+    p, other = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
+    kind = torch.optim.SGD if how == "SGD" else torch.optim.AdamW
+    groups = [{"params": [p]}, {"params": [other], "fused": how != "a group"}]
+    optimizer = kind(groups, lr=0.1, fused=True, **({"momentum": 0.9} if how == "SGD" else {}))
+    if how == "loaded":  # from a run whose optimizer was not fused
+        optimizer.load_state_dict(kind([{"params": [p]}, {"params": [other]}], lr=0.1).state_dict())
+    p.grad = torch.full((4,), math.nan)
+    clip_and_step(optimizer, 1.0, torch.ones(()))
+    assert torch.equal(p.detach(), torch.ones(4))
+    p.grad = torch.ones(4)
+    clip_and_step(optimizer, 1.0, torch.ones(()))
+    assert bool(p.detach().isfinite().all()) and float(p.detach()[0]) < 1

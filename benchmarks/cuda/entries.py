@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.operators import operators, sdpa
+from hla import hla2
 
 OWN = ("hla2", "linear_attn", "hla_q default form", "ahla", "hla3")
 FLASH, CUDNN, COMPOSED = "sdpa flash", "sdpa cudnn", "fla composed hla2"
@@ -115,13 +116,18 @@ def own(inputs: Inputs) -> list[Entry]:
 
 
 def variants(inputs: Inputs) -> list[Entry]:
-    """hla_q with four query heads to one key head; hla2 and hla_q on packed sequences."""
+    """hla2 with a gate; hla_q with four query heads to one key head; hla2 and hla_q on packed sequences."""
     tensors = inputs.q, inputs.k, inputs.v, inputs.g, inputs.ridge
     q, k, v, g, ridge = tensors
     quarter = lambda x: x.detach()[:, :, : max(1, inputs.shape.heads // 4)].contiguous().requires_grad_()  # noqa: E731
     grouped = q, quarter(k), quarter(v), quarter(g), ridge
     packed = tuple(x.detach().flatten(0, 1)[None].requires_grad_() for x in tensors)
+
+    def gated() -> Tensor:
+        return hla2(q, k, v, g=g)[0]
+
     return [
+        Entry("hla2, gated", gated, (q, k, v, g), inputs.do, "hla2", k.shape[2]),
         *_own(inputs, ("hla_q default form",), ", grouped", grouped),
         *_own(inputs, ("hla2", "hla_q default form"), ", packed", packed, inputs.borders()),
     ]

@@ -11,14 +11,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
+from hla.kernels import pairs
+from hla.kernels.configs import device_config, query_side_config
 from hla.kernels.fused import fits, fused, matches
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import Read, both_at_once, read, row_dot, sum_heads
-from hla.kernels.segments import Cut, cut, minus_earlier, sum_later
+from hla.kernels.linear_attn import Read, both_at_once, operand, read, row_dot, sum_heads
+from hla.kernels.segments import Cut, cut, cut_every, minus_earlier, sum_later
 from hla.ops.linear_attn import Stage
 
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
@@ -210,7 +214,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     x |= dict(zip(p.kept, saved, strict=True))
     names = [name for name, _ in p.outputs]
     need_g, _, *needed = needed
-    back = _Backward(x, need_g, g, sizes, sizes.cut(cu_seqlens))
+    back = _Backward(x, need_g, g, sizes, cu_seqlens)
     for name, dy in zip(names, grads, strict=False):
         if dy is not None:
             back.d[name] = dy.clone() if name in p.kept else dy.contiguous()  # (more may be added to the former)
@@ -244,13 +248,17 @@ _operation = Operation("chain", _forward, _fake, _backward, first_saved=_results
 class _Backward:
     """Gradients by name, added up as stages are left."""
 
-    def __init__(self, x: dict[str, Tensor], gated: bool, g: Tensor | None, sizes: _Sizes, shape: Cut):
-        self.x, self.g, self.sizes, self.shape = x, g, sizes, shape
+    def __init__(self, x: dict[str, Tensor], gated: bool, g: Tensor | None, sizes: _Sizes, cu_seqlens: Tensor | None):
+        self.x, self.g, self.sizes, self.shape = x, g, sizes, sizes.cut(cu_seqlens)
+        self.chunks = functools.cache(
+            lambda chunk: cut_every(chunk, sizes.batch, sizes.length, cu_seqlens, sizes.device)
+        )
         self.d: dict[str, Tensor] = {}
         self.gated = gated
         # of the cumulated decays c_t, and, of strict stages, of the g_t that a reading at t leaves out
         self.dc: Tensor | float = 0.0
         self.dread: Tensor | float = 0.0
+        self.dg: Tensor | float = 0.0  # of stages in pairs, itself
 
     def add(self, name: str, y: Tensor) -> None:
         """Adds a fresh tensor to a gradient."""
@@ -291,6 +299,8 @@ class _Backward:
         if dy is None:
             dy = v.new_zeros(*v.shape[:2], heads, v.shape[3])
         gain = _number(s.gain, self.x)
+        if self.goes_in_pairs(s, heads):
+            return self.in_pairs(s, state, dy, initial, dfinal)
         write = gain if isinstance(gain, Tensor) else None
         if not isinstance(gain, Tensor) and gain == 0.0:
             write = q.new_zeros(*q.shape[:2], 1, dtype=torch.float32)
@@ -300,11 +310,7 @@ class _Backward:
 
         # The gradient of the final state knows nothing of the factor that the adjoints get in the end; and where heads
         # share a state, each has its own adjoint, and it enters once.
-        ends = dfinal if dfinal is None or factor == 1.0 else dfinal / factor
-        if ends is not None and heads != hs:
-            once = ends.new_zeros(ends.shape[0], heads, *ends.shape[2:])
-            once[:, :: heads // hs] = ends
-            ends = once
+        ends = _ends(dfinal, factor, heads, hs)
         adjoint = dict(common, reverse=not reverse, write=write, factor=factor)
         wants_state = initial is not None
         twin = s.keys == s.values
@@ -340,23 +346,76 @@ class _Backward:
             self.dc = self.dc + s.gate * (from_k - from_q if reverse else from_q - from_k)
             if strict:
                 self.dread = self.dread + s.gate * from_q
+        self.residuals(s, dy, fused)
+        return _of_initial(initial, values.final, factor, hs, dy)
+
+    def residuals(self, s: Stage, dy: Tensor, done: Sequence[tuple[float | str, str]]) -> None:
+        """Adds the gradients of what a stage adds to its output, but for those that are done."""
         for value, name in s.residuals:
             if isinstance(value, str):
                 self.add_number(value, row_dot(dy, self.x[name]))
-            if (value, name) not in fused:
+            if (value, name) not in done:
                 self.add(name, _times(_number(value, self.x), dy))
-        if not wants_state:
-            return dy.new_empty(0)
-        assert values.final is not None
-        d = values.final * factor
-        d = d if d.shape[1] == hs else d.unflatten(1, (hs, -1)).sum(2)
-        assert initial is not None
-        return d.to(initial.dtype)
+
+    def goes_in_pairs(self, s: Stage, heads: int) -> bool:
+        """Whether chunks do from the states at their borders what would take three walks with EXACT (see `pairs`)."""
+        (of_query, K), V = self.sizes.of[s.query], self.sizes.of[s.values][1]
+        simple = s.mode == "inclusive" and not isinstance(s.gain, str) and s.gain != 0.0
+        return self.gated and simple and of_query == heads and pairs.fits(K, V, self.x[s.values].dtype)
+
+    def in_pairs(
+        self, s: Stage, state: tuple[int, int, int], dy: Tensor, initial: Tensor | None, dfinal: Tensor | None
+    ) -> Tensor:
+        """As `stage`, with the gradient of the decays itself instead of what it is a sum of."""
+        q, k, v, factor, (hs, K, _) = self.x[s.query], self.x[s.keys], self.x[s.values], float(s.gain), state
+        assert self.g is not None
+        g = self.g if s.gate == 1 else s.gate * self.g
+        heads, wide = q.shape[2], operand(q, k, v)[0] != tl.bfloat16
+        config = query_side_config(K, wide, device_config(q.device)[0])
+        chunks = self.chunks(config.chunk)
+        common: dict[str, Any] = {
+            "dtype": torch.float32 if wide else torch.bfloat16, "stages": config.states_stages,
+        }  # fmt: skip
+        ends = _ends(dfinal, factor, heads, hs)
+        earlier = pairs.entering(k, v, g, self.shape, chunks, heads=hs, initial=initial, final=False, **common)
+        later = pairs.entering(
+            q, dy, g, self.shape, chunks, heads=heads, initial=ends, final=initial is not None, reverse=True, **common
+        )
+        dq, dk, dv, dg = pairs.gradients(
+            q, k, v, dy, g, earlier.states, later.states, chunks, factor=factor, dx_dtype=self.dtype(s.query),
+            warps=config.warps, registers=config.registers, gated=True,
+        )  # fmt: skip
+        assert dg is not None
+        self.dg = self.dg + s.gate * sum_heads(dg, self.sizes.gate)
+        for name, y in ((s.query, dq), (s.keys, dk), (s.values, dv)):
+            self.add(name, y)
+        self.residuals(s, dy, ())
+        return _of_initial(initial, later.final, factor, hs, dy)
 
     def add_number(self, name: str, y: Tensor) -> None:
         """Adds to the gradient of a per-token number."""
         y = sum_heads(y, self.x[name].shape[2])
         self.d[name] = self.d[name] + y if name in self.d else y
+
+
+def _ends(dfinal: Tensor | None, factor: float, heads: int, hs: int) -> Tensor | None:
+    """What enters an adjoint from behind, of a final state of ``hs`` heads."""
+    ends = dfinal if dfinal is None or factor == 1.0 else dfinal / factor
+    if ends is None or heads == hs:
+        return ends
+    once = ends.new_zeros(ends.shape[0], heads, *ends.shape[2:])
+    once[:, :: heads // hs] = ends
+    return once
+
+
+def _of_initial(initial: Tensor | None, final: Tensor | None, factor: float, hs: int, like: Tensor) -> Tensor:
+    """The gradient of an initial state of ``hs`` heads, from what its adjoint ends with; empty without one."""
+    if initial is None:
+        return like.new_empty(0)
+    assert final is not None
+    d = final * factor
+    d = d if d.shape[1] == hs else d.unflatten(1, (hs, -1)).sum(2)
+    return d.to(initial.dtype)
 
 
 def _scaled(y: Tensor, gain: float | Tensor) -> Tensor:
@@ -369,13 +428,16 @@ def _gate_gradient(p, sizes, back, initial, dinitial, cu_seqlens) -> Tensor:
     """``dg``: the sums of dc over all later tokens, with what the decay up to an end does to the state there.
 
     All of dc together, what the decay up to the last token does to the final state included, is what scaling the
-    initial state does. (Reversed stages have theirs at the last token.)
+    initial state does. (Reversed stages have theirs at the last token.) Stages in pairs have theirs already.
     """
+    walked = [not back.goes_in_pairs(s, sizes.of[s.out][0]) for s in p.stages]
+    if not any(walked):
+        return back.dg
     total = None
-    for s, state, dstate in zip(p.stages, initial, dinitial, strict=True):
-        if state is not None and dstate is not None:
+    for s, state, dstate, by_walks in zip(p.stages, initial, dinitial, walked, strict=True):
+        if state is not None and dstate is not None and by_walks:
             y = s.gate * (state * dstate).sum((-1, -2)).unflatten(1, (sizes.gate, -1)).sum(-1)
             total = y if total is None else total + y
     sums = sum_later if p.stages[0].mode == "reversed" else minus_earlier
-    dg = sums(back.dc, total, cu_seqlens)
+    dg = sums(back.dc, total, cu_seqlens) + back.dg
     return dg - back.dread if isinstance(back.dread, Tensor) else dg

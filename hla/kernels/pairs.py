@@ -158,20 +158,22 @@ def entering(
     return found
 
 
-@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg"])
+@triton.jit(do_not_specialize=["length", "per_sequence", "heads", "gk", "gv", "gg", "gs"])
 def pair_gradients(
     X, K, V, DO, G, STATES, LATER, DX, DK, DV, DG, SLOTS,
-    length, per_sequence, heads, group, gg, k_b, k_t, k_h, v_b, v_t, v_h, factor,
+    length, per_sequence, heads, gk, gv, gg, gs, x_b, x_t, x_h, k_b, k_t, k_h, v_b, v_t, v_h, factor,
     DIM_K: tl.constexpr, DIM_V: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATED: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk and one head of x; see above. STATES has P per head of k, LATER N per head of x."""
+    """All gradients of one chunk and one head of x; see above. Head h reads head ``h // gk`` of k, and so on.
+
+    STATES has P, ``heads // gs`` of them, LATER N per head of x.
+    """
     h = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
     sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
     if sequence < 0:
         return
-    hk = h // group
     rows = tl.arange(0, C)
     ck = tl.arange(0, BK)
     cv = tl.arange(0, BV)
@@ -183,15 +185,15 @@ def pair_gradients(
     at_k = first * DIM_K + (rows[:, None] * (heads * DIM_K) + ck[None, :])
     at_v = first * DIM_V + (rows[:, None] * (heads * DIM_V) + cv[None, :])
     token = first + rows * heads
-    pk = K + batch * k_b + tl.cast(hk, tl.int64) * k_h + row * k_t + (rows[:, None] * k_t + ck[None, :])
-    pv = V + batch * v_b + tl.cast(hk, tl.int64) * v_h + row * v_t + (rows[:, None] * v_t + cv[None, :])
-    x = tl.load(X + at_k, mask=in_k, other=0.0).to(OPERAND)
+    px = X + batch * x_b + tl.cast(h, tl.int64) * x_h + row * x_t + (rows[:, None] * x_t + ck[None, :])
+    pk = K + batch * k_b + tl.cast(h // gk, tl.int64) * k_h + row * k_t + (rows[:, None] * k_t + ck[None, :])
+    pv = V + batch * v_b + tl.cast(h // gv, tl.int64) * v_h + row * v_t + (rows[:, None] * v_t + cv[None, :])
+    x = tl.load(px, mask=in_k, other=0.0).to(OPERAND)
     k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
     do = tl.load(DO + at_v, mask=in_v, other=0.0).to(OPERAND)
     v = tl.load(pv, mask=in_v, other=0.0).to(OPERAND)
     if GATED:
-        g_heads = heads // group // gg
-        c, total = _decays(G, batch * length + row + rows, live, g_heads, hk // gg)
+        c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
     A = tl.dot(x, tl.trans(k), input_precision=PRECISION)
     B = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     mask = rows[:, None] >= rows[None, :]
@@ -208,7 +210,7 @@ def pair_gradients(
     A = A.to(OPERAND)
     B = B.to(OPERAND)
 
-    STATES += (tl.cast(slot, tl.int64) * (heads // group) + hk) * (DIM_K * DIM_V)
+    STATES += (tl.cast(slot, tl.int64) * (heads // gs) + h // gs) * (DIM_K * DIM_V)
     LATER += (tl.cast(slot, tl.int64) * heads + h) * (DIM_K * DIM_V)
     at = ck[:, None] * DIM_V + cv[None, :]
     whole: tl.constexpr = DIM_K == BK and DIM_V == BV
@@ -258,11 +260,12 @@ def gradients(
     """(dx, dk, dv per head of x, and if wanted (gated) dg per head of x in float32, else None).
 
     Args:
-        x: ``[B, T, HQ, K]``; do: ``[B, T, HQ, V]``; contiguous. k: ``[B, T, HKV, K]``; v: ``[B, T, HKV, V]``; last
-            dimension contiguous. g: ``[B, T, Hg]`` contiguous, Hg divides HKV.
-        states: of k and v over earlier tokens, `entering` every chunk. later: of x and do over later ones.
+        x: ``[B, T, H, K]``; k: ``[B, T, Hk, K]``; v: ``[B, T, Hv, V]``; last dimension contiguous. do: ``[B, T, H,
+            V]``, g: ``[B, T, Hg]``, contiguous. All numbers of heads divide H.
+        states: ``[chunks, Hs, K, V]`` of k and v over earlier tokens, `entering` every chunk. later: ``[chunks, H, K,
+            V]`` of x and do over later ones.
     """
-    (B, T, heads, K), (HKV, V) = x.shape, v.shape[2:]
+    (B, T, heads, K), V = x.shape, v.shape[3]
     new = lambda *shape, dtype: torch.empty(B, T, heads, *shape, dtype=dtype, device=x.device)  # noqa: E731
     dx, dk, dv = new(K, dtype=dx_dtype), new(K, dtype=k.dtype), new(V, dtype=v.dtype)
     dg = new(dtype=torch.float32) if gated else None
@@ -271,8 +274,9 @@ def gradients(
         launch(
             pair_gradients, chunks.slots * heads,
             x, k, v, do, g, states, later, dx, dk, dv, dg, chunks.table,
-            T, chunks.per_sequence, heads, heads // HKV, 1 if g is None else HKV // g.shape[2],
-            *k.stride()[:3], *v.stride()[:3], float(factor),
+            T, chunks.per_sequence, heads, heads // k.shape[2], heads // v.shape[2],
+            1 if g is None else heads // g.shape[2], heads // states.shape[1],
+            *x.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(factor),
             DIM_K=K, DIM_V=V, C=chunks.segment, BK=block(K), BV=block(V), GATED=g is not None, OPERAND=kind,
             PRECISION=precision, warps=warps, stages=1, registers=registers,
         )  # fmt: skip

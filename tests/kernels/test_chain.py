@@ -162,6 +162,25 @@ def test_where_pairs_do_not_fit_walks_read_P_and_give_the_same_gradients(shape, 
     assert walked
 
 
+@pytest.mark.parametrize(
+    "name,option", [("linear_attn", "g"), ("hla2", "g,normalize,ridge"), ("hla3", "g"), ("ahla", "g")]
+)
+@pytest.mark.parametrize("shape", ["grouped", "split"])
+def test_stages_of_which_pairs_do_not_fit_walk_and_give_the_same_gradients(name, option, shape, monkeypatch, request):
+    """The gradient of the gate then is a sum to the end, of dots. (One stage of three alone: both in one sum.)"""
+    request.getfixturevalue("short_segments")
+    fits, asked = pairs.fits, []
+    monkeypatch.setattr(pairs, "fits", lambda K, V, dtype: asked.append(V) or (name == "hla3" and K == V != 5))
+    x = Inputs(name, option, **SHAPES[shape])
+    check(x)
+    assert asked
+    monkeypatch.setattr(pairs, "fits", fits)
+    launches = []
+    monkeypatch.setattr(pairs, "launch", lambda *a, f=pairs.launch, **k: (launches.append(a[0]), f(*a, **k)))
+    check(x)
+    assert launches.count(pairs.pair_gradients) == {"linear_attn": 1, "ahla": 2}.get(name, 3)
+
+
 def check(x: Inputs, **more):
     _, initial, _, _ = results(x, F64, "torch")
     initial = initial if not any(isinstance(y, tuple) for y in initial) else None
@@ -247,6 +266,7 @@ def test_all_modes_of_the_primitive_equal_the_chunk_form(mode, T, short_segments
 def test_one_walk_gives_the_gradients_of_keys_and_values_where_it_has_all_columns(op, stages, V, monkeypatch):
     """Of 32 here; stages: whose width they have. With a gate whose gradient is wanted there are dots, and two walks."""
     walks = []
+    monkeypatch.setattr(pairs, "fits", lambda *_: False)  # (which gated stages would take)
     monkeypatch.setattr(linear_attn, "launch", lambda *a, f=linear_attn.launch, **k: (walks.append(a[0]), f(*a, **k)))
     torch.manual_seed(0)
     q, k = (torch.randn(1, 70, heads, 17) for heads in (2, 1))

@@ -172,6 +172,32 @@ def test_blocks_leave_their_last_sum_to_the_next_norm(how, monkeypatch):
         assert_close(a, b, 1e-4)
 
 
+@pytest.mark.parametrize("how", ["wrapped", "extended"])
+def test_what_stands_in_the_place_of_a_block_sees_its_output(how, monkeypatch):
+    class Wrapper(torch.nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, **options):
+            return 2 * self.block(x, **options)
+
+    class Extended(HLABlock):
+        def forward(self, *args, **options):
+            return 2 * super().forward(*args, **options)
+
+    config = HLAConfig(vocab_size=50, hidden_size=48, num_hidden_layers=2, num_attention_heads=3)
+    model, ids = HLAForCausalLM(config).train(), torch.randint(50, (2, 9))
+    layers = model.model.layers
+    if how == "wrapped":
+        layers[0] = Wrapper(layers[0])
+    else:
+        layers[0].__class__ = Extended
+    expected = model(ids).logits
+    monkeypatch.setattr(modeling_hla, "has_kernels", lambda *_: True)
+    torch.testing.assert_close(model(ids).logits, expected)
+
+
 @pytest.mark.parametrize("which", ["input_layernorm", "post_attention_layernorm", "norm"])
 def test_a_norm_in_whose_place_something_else_stands_is_called(which):
     """As adapters wrap it (which pass on what they do not have themselves)."""
