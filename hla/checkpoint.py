@@ -186,9 +186,9 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def load_model(
-    folder: str | Path, device: torch.device | None = None
+    folder: str | Path, device: torch.device | None = None, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast, dict[str, Any]]:
-    """Load a model folder for inference (evaluation mode, float32).
+    """Load a model folder for inference (evaluation mode).
 
     Returns:
         (model, tokenizer, what training.json says or {}).
@@ -217,7 +217,7 @@ def load_model(
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=torch.float32,
+                dtype=dtype,
                 local_files_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # told below, in one sentence

@@ -403,13 +403,18 @@ def generate_command(
         int | None, typer.Option(help="Also save it at every so many tokens, to files named FILE.000004096.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of the weights: auto (that of the state; else bfloat16 on a GPU), float32 or bfloat16.")
+    ] = "auto",
 ) -> None:
     """Write text that goes on from a prompt, token by token."""
+    import torch
+
     from hla.checkpoint import load_model
-    from hla.devices import choose_device
+    from hla.devices import choose_device, choose_dtype
     from hla.generate import Snapshots, TextDecoder, check_sampling, prompt_ids, read, stream
     from hla.models import HLACache, HLAPreTrainedModel
-    from hla.models.state_file import check_writable
+    from hla.models.state_file import check_writable, read_state
 
     sampling: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -430,7 +435,11 @@ def generate_command(
         check_writable(save_state)
     text = "" if no_prompt else _prompt(prompt, file)
 
-    loaded, tokenizer, _ = load_model(model, choose_device(device))
+    where = choose_device(device)
+    precision = choose_dtype(dtype, where)
+    if load_state is not None and dtype == "auto":  # which belongs to a model of one dtype
+        precision = getattr(torch, read_state(load_state)[1].dtype, precision)
+    loaded, tokenizer, _ = load_model(model, where, precision)
     config: Any = loaded.config
     cache: Any = None
     if (load_state or save_state) and not isinstance(loaded, HLAPreTrainedModel):

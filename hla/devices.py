@@ -30,6 +30,19 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the weights to write text with; ``"auto"`` is bfloat16 on a GPU that has it, else float32.
+
+    Raises:
+        HLAError: no such dtype.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    if name not in ("float32", "bfloat16"):
+        raise HLAError(f"dtype must be auto, float32 or bfloat16, not {name!r}")
+    return torch.float32 if name == "float32" else torch.bfloat16
+
+
 def rank_device(name: str, ranks: int) -> torch.device:
     """The device called ``name`` for one of so many processes; of a machine's GPUs each has its own.
 

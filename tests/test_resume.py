@@ -16,6 +16,7 @@ from hla.data import build_tokenizer
 from hla.errors import HLAError
 from hla.generate import Snapshots, read, stream
 from hla.models import HLACache
+from hla.models.state_file import read_state
 from tests.test_cache import VOCAB, close, random_ids
 from tests.test_state_files import same, tensors_of, tiny
 from tests.text_helpers import micro_config, write_corpus
@@ -283,6 +284,18 @@ def test_commands_go_on_where_they_stopped(model, sampling, here):
     assert int(HLACache.load("s").get_seq_length()) == 5 + 24
 
 
+def test_weights_have_the_dtype_of_the_state_or_the_one_asked_for(here):
+    halves = ["--greedy", "--max-tokens", 20, "--dtype", "bfloat16"]
+    whole = run("runs/demo", "Once", *halves)
+    run("runs/demo", "Once", "--max-tokens", 0, "--save-state", "s", "--dtype", "bfloat16")
+    assert read_state("s")[1].dtype == "bfloat16" and HLACache.load("s").next_logits.dtype == torch.bfloat16
+    assert "Once" + run("runs/demo", "--load-state", "s", "--greedy", "--max-tokens", 20) == whole
+    told = run("runs/demo", "--load-state", "s", "--dtype", "float32", code=1)
+    assert "the weights were bfloat16 and are float32: load the model with the dtype of the state" in told
+    run("runs/demo", "Once", "--max-tokens", 0, "--save-state", "s")
+    assert read_state("s")[1].dtype == "float32"  # there is no GPU
+
+
 def test_a_prompt_follows_the_state(here):
     run("runs/demo", "--file", "book.txt", "--max-tokens", 0, "--save-state", "s")
     text = (here / "book.txt").read_text()
@@ -321,6 +334,7 @@ WRONG = [
     (["runs/demo", "x", "--save-state", "no/t"], "its folder does not exist"),
     (["runs/demo", "", "--load-state", "s"], "the prompt is empty"),
     (["runs/demo", "x", "--save-state", "t", "--temperature", "-1"], "temperature"),
+    (["runs/demo", "x", "--dtype", "float16"], "dtype must be auto, float32 or bfloat16, not 'float16'"),
 ]
 
 

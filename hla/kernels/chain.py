@@ -1,8 +1,9 @@
 """Chains of the primitive on a GPU: stage after stage, forward and backward, as one `torch.library` operator each.
 
 The same contract as `hla.ops.linear_attn.chain`, with other means: every stage is one launch of `linear_attn.walk` (two
-more where the sequence is split), every gradient of a stage is one more launch of the same kernel, and gradients of
-what several stages read are added up in the kernel that comes later. Between two stages transformed keys and values
+more where the sequence is split), every gradient of a stage is one more launch of the same kernel (of keys and values
+together where a program has the whole state), and gradients of what several stages read are added up in the kernel that
+comes later. Gated stages have theirs from the states between chunks (`pairs`), where these fit. Between two stages transformed keys and values
 pass through memory in bfloat16 (float32 for float32 inputs); they are what the backward pass needs of the forward one.
 """
 
@@ -361,7 +362,8 @@ class _Backward:
         """Whether chunks do from the states at their borders what would take three walks with EXACT (see `pairs`)."""
         (of_query, K), V = self.sizes.of[s.query], self.sizes.of[s.values][1]
         simple = s.mode == "inclusive" and not isinstance(s.gain, str) and s.gain != 0.0
-        return self.gated and simple and of_query == heads and pairs.fits(K, V, self.x[s.values].dtype)
+        fits = all(pairs.fits(K, V, self.x[name].dtype) for name in (s.query, s.keys, s.values))
+        return self.gated and simple and of_query == heads and fits
 
     def in_pairs(
         self, s: Stage, state: tuple[int, int, int], dy: Tensor, initial: Tensor | None, dfinal: Tensor | None
