@@ -3,8 +3,9 @@
 The same contract as `hla.ops.linear_attn.chain`, with other means: every stage is one launch of `linear_attn.walk` (two
 more where the sequence is split), every gradient of a stage is one more launch of the same kernel (of keys and values
 together where a program has the whole state), and gradients of what several stages read are added up in the kernel that
-comes later. Gated stages have theirs from the states between chunks (`pairs`), where these fit. Between two stages transformed keys and values
-pass through memory in bfloat16 (float32 for float32 inputs); they are what the backward pass needs of the forward one.
+comes later. Gated stages have theirs from the states between chunks (`pairs`), where these fit. Between two stages
+transformed keys and values pass through memory in bfloat16 (float32 for float32 inputs); they are what the backward
+pass needs of the forward one.
 """
 
 from __future__ import annotations
