@@ -36,9 +36,10 @@ FORWARD, BACKWARD, FLOAT32 = 5e-3, 1e-2, 2e-5  # relative Frobenius norm
 MORE = 3.0
 # hla_q rounds x and S at each of five readings: up to 3.1 times for dk, and 2.2e-2 for dnodes, a sum that cancels.
 MORE_THROUGH_READINGS, NODES = 3.5, 3e-2
-# dg is the difference of two sums over the sequence. Where gates are strong, heads wide or the form is normalised, it
-# is small beside either, and what bfloat16 leaves of it is up to 3.7e-2 off (1e-2 otherwise).
-GATE = 5e-2
+# dg as the difference of two sums over the sequence: where gates are strong, heads wide or the form is normalised, it
+# is small beside either, and what bfloat16 leaves of it is up to 3.7e-2 off (1e-2 otherwise). Over pairs of tokens:
+# emulated with every rounding, up to 3.2 times the yardstick where gates are weak.
+GATE, MORE_IN_PAIRS = 5e-2, 4.0
 ONE_ROUNDING = 1e-3  # about that of bfloat16: below it a yardstick that happens to be exact asks for too much
 
 
@@ -138,7 +139,7 @@ def assert_within_budget(case: Case) -> None:
         by_kernel, by_rounding = error(kernel[n], y), error(yardstick[n], y)
         cap = FLOAT32 if case.dtype == F32 else BACKWARD if n.startswith("d") else FORWARD
         floor = FLOAT32 if case.dtype == F32 else ONE_ROUNDING
-        more = MORE_THROUGH_READINGS if case.name.startswith("hla_q") else MORE
+        more = MORE_THROUGH_READINGS if case.name.startswith("hla_q") else MORE_IN_PAIRS if n == "dg" else MORE
         bound = max(more * by_rounding, floor)
         if case.dtype != F32 and by_rounding <= cap / 2:
             bound = min(bound, cap)
