@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -438,7 +438,8 @@ def generate_command(
     where = choose_device(device)
     precision = choose_dtype(dtype, where)
     if load_state is not None and dtype == "auto":  # which belongs to a model of one dtype
-        precision = getattr(torch, read_state(load_state)[1].dtype, precision)
+        with suppress(HLAError):  # (what is wrong with it is told when the model is known)
+            precision = getattr(torch, read_state(load_state)[1].dtype, precision)
     loaded, tokenizer, _ = load_model(model, where, precision)
     config: Any = loaded.config
     cache: Any = None
