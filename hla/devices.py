@@ -31,7 +31,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the weights to write text with; ``"auto"`` is bfloat16 on a GPU that has it, else float32.
+    """The dtype to compute in; ``"auto"`` is bfloat16 on a GPU that has it, else float32.
 
     Raises:
         HLAError: no such dtype.

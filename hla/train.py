@@ -40,7 +40,7 @@ from hla.data import (
     stream_documents,
     token_bytes,
 )
-from hla.devices import rank_device
+from hla.devices import choose_dtype, rank_device
 from hla.distributed.world import World, before_meeting, meet, ranks_started, told_by
 from hla.errors import HLAError
 from hla.evaluate import Evaluation, evaluate
@@ -198,8 +198,8 @@ def _train(
     if config.resume and not goes_on:
         line = f"There is no run in {config.out!r} to go on with: a new one begins."
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    half = config.dtype == "bfloat16" or (config.dtype == "auto" and device.type == "cuda")
-    dtype = torch.bfloat16 if half else torch.float32
+    dtype = choose_dtype(config.dtype, device)
+    half = dtype == torch.bfloat16
     prepared = world.together(lambda: prepare(config))
     if len(set(world.gather(prepared.digest))) > 1:
         raise world.common(HLAError("the ranks have read different training data"))

@@ -110,6 +110,17 @@ def test_shapes_beyond_the_bound_stay_eager():
     assert graphed.happened.count("capture") == GRAPHS
 
 
+def test_beyond_the_bound_a_shape_that_adds_adds_to_zeros(monkeypatch):
+    monkeypatch.setattr("hla.graphed.GRAPHS", 1)
+    weight = torch.nn.Parameter(torch.ones(3))
+    graphed = Pretended(lambda x: (weight * x).sum(), [weight])
+    for _ in range(EAGER + 1):
+        graphed(x=torch.ones(3))
+    graphed.zero_grad()
+    graphed(x=torch.ones(3))
+    assert graphed.happened[EAGER:] == ["capture", "replay", "replay"] and float(weight.grad[0]) == 1
+
+
 @pytest.mark.parametrize("given", [False, True])
 def test_the_first_call_after_clearing_writes_the_gradients(given):
     """The first graph that does makes them, unless they were there before; another one writes to the same place."""

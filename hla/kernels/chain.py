@@ -13,7 +13,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton.language as tl
@@ -23,7 +22,7 @@ from hla.kernels import pairs
 from hla.kernels.configs import device_config, query_side_config
 from hla.kernels.fused import fits, fused, matches
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import Read, both_at_once, operand, read, row_dot, sum_heads
+from hla.kernels.linear_attn import Read, both_at_once, operand, per_head, read, row_dot, sum_heads
 from hla.kernels.segments import Cut, cut, cut_every, minus_earlier, sum_later
 from hla.ops.linear_attn import Stage
 
@@ -312,7 +311,7 @@ class _Backward:
 
         # The gradient of the final state knows nothing of the factor that the adjoints get in the end; and where heads
         # share a state, each has its own adjoint, and it enters once.
-        ends = _ends(dfinal, factor, heads, hs)
+        ends = _ends(dfinal, factor, heads // hs)
         adjoint = dict(common, reverse=not reverse, write=write, factor=factor)
         wants_state = initial is not None
         twin = s.keys == s.values
@@ -375,25 +374,16 @@ class _Backward:
         g = self.g if s.gate == 1 else s.gate * self.g
         heads, wide = q.shape[2], operand(q, k, v)[0] != tl.bfloat16
         config = query_side_config(K, wide, device_config(q.device)[0])
-        chunks = self.chunks(config.chunk)
-        common: dict[str, Any] = {
-            "dtype": torch.float32 if wide else torch.bfloat16, "stages": config.states_stages,
-        }  # fmt: skip
-        ends = _ends(dfinal, factor, heads, hs)
-        earlier = pairs.entering(k, v, g, self.shape, chunks, heads=hs, initial=initial, final=False, **common)
-        later = pairs.entering(
-            q, dy, g, self.shape, chunks, heads=heads, initial=ends, final=initial is not None, reverse=True, **common
-        )
-        dq, dk, dv, dg = pairs.gradients(
-            q, k, v, dy, g, earlier.states, later.states, chunks, factor=factor, dx_dtype=self.dtype(s.query),
-            warps=config.warps, registers=config.registers, gated=True,
+        found = pairs.gradients(
+            q, k, v, dy, g, self.shape, self.chunks(config.chunk), config, factor=factor, initial=initial,
+            ends=_ends(dfinal, factor, heads // hs), dx_dtype=self.dtype(s.query), gated=True,
         )  # fmt: skip
-        assert dg is not None
-        self.dg = self.dg + s.gate * sum_heads(dg, self.sizes.gate)
-        for name, y in ((s.query, dq), (s.keys, dk), (s.values, dv)):
+        assert found.dg is not None
+        self.dg = self.dg + s.gate * sum_heads(found.dg, self.sizes.gate)
+        for name, y in ((s.query, found.dx), (s.keys, found.dk), (s.values, found.dv)):
             self.add(name, y)
         self.residuals(s, dy, ())
-        return _of_initial(initial, later.final, factor, hs, dy)
+        return _of_initial(initial, found.dinitial, factor, hs, dy)
 
     def add_number(self, name: str, y: Tensor) -> None:
         """Adds to the gradient of a per-token number."""
@@ -401,14 +391,9 @@ class _Backward:
         self.d[name] = self.d[name] + y if name in self.d else y
 
 
-def _ends(dfinal: Tensor | None, factor: float, heads: int, hs: int) -> Tensor | None:
-    """What enters an adjoint from behind, of a final state of ``hs`` heads."""
-    ends = dfinal if dfinal is None or factor == 1.0 else dfinal / factor
-    if ends is None or heads == hs:
-        return ends
-    once = ends.new_zeros(ends.shape[0], heads, *ends.shape[2:])
-    once[:, :: heads // hs] = ends
-    return once
+def _ends(dfinal: Tensor | None, factor: float, group: int) -> Tensor | None:
+    """What enters an adjoint from behind, of a final state that a group of heads shares."""
+    return None if dfinal is None else per_head(dfinal if factor == 1.0 else dfinal / factor, group)
 
 
 def _of_initial(initial: Tensor | None, final: Tensor | None, factor: float, hs: int, like: Tensor) -> Tensor:

@@ -53,8 +53,9 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
 
 
 class QuerySideConfig(NamedTuple):
-    """For the kernels of `query_side`: rows of a chunk, warps of the kernels that own a chunk, whether `adjoint` loads
-    ahead, stages of the load pipelines, and how many registers a thread of `solve` and `pair_gradients` may have."""
+    """For the kernels of `query_side` and `pairs`: rows of a chunk, warps of the kernels that own a chunk, whether
+    `adjoint` loads ahead, stages of the load pipelines, and how many registers a thread of `solve` and `pair_gradients`
+    may have."""
 
     chunk: int = 64
     warps: int = 4

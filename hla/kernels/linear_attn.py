@@ -30,6 +30,17 @@ from hla.kernels.launch import INTERPRETED, launch
 from hla.kernels.segments import Cut, enter
 
 
+@triton.jit
+def _decayed(scores, read, mask, late, c, total, w, REVERSE: tl.constexpr):
+    """Scores within a chunk, and what is read of the state before it, with decays (or late is None) and weights."""
+    if late is not None:
+        scores *= tl.exp2(late[None, :] - c[:, None] if REVERSE else late[:, None] - c[None, :])
+        read *= tl.exp2(total - c if REVERSE else late)[:, None]
+    if w is not None:
+        scores *= w[None, :]
+    return tl.where(mask, scores, 0.0), read
+
+
 @triton.jit(
     do_not_specialize=[
         "length", "segment", "per_sequence", "heads",
@@ -116,6 +127,9 @@ def walk(
             total = tl.sum(g, 0)
             passed += total
             late = c - g if STRICT else c  # of a pair of tokens the decay up to the later one, c up to the earlier one
+        else:
+            late, c, total = None, None, None
+        w = None
         if WRITE is not None:
             w = tl.load(WRITE + at * (heads // gw) + h // gw, mask=live, other=0.0)
 
@@ -127,12 +141,7 @@ def walk(
             acc = tl.dot(q, rounded, input_precision=PRECISION)
             if EXACT:
                 acc = tl.dot(q, (state - rounded.to(tl.float32)).to(OPERAND), acc, input_precision=PRECISION)
-            if GATE != 0:
-                scores *= tl.exp2(late[None, :] - c[:, None] if REVERSE else late[:, None] - c[None, :])
-                acc *= tl.exp2(total - c if REVERSE else late)[:, None]
-            if WRITE is not None:
-                scores *= w[None, :]
-            scores = tl.where(mask, scores, 0.0)
+            scores, acc = _decayed(scores, acc, mask, late, c, total, w, REVERSE)
             if EXACT and not STRICT:
                 # What a token reads of itself does not depend on decays: it would cancel, but for its rounding.
                 same = rows[:, None] == rows[None, :]
@@ -146,12 +155,7 @@ def walk(
                 u = tl.load(pu + (rows[:, None] * u_t + cv[None, :]), mask=in_v, other=0.0).to(OPERAND)
                 scores = tl.dot(u, tl.trans(v), input_precision=PRECISION)
                 other = tl.dot(u, tl.trans(state.to(OPERAND)), input_precision=PRECISION)
-                if GATE != 0:
-                    scores *= tl.exp2(late[None, :] - c[:, None] if REVERSE else late[:, None] - c[None, :])
-                    other *= tl.exp2(total - c if REVERSE else late)[:, None]
-                if WRITE is not None:
-                    scores *= w[None, :]
-                scores = tl.where(mask, scores, 0.0)
+                scores, other = _decayed(scores, other, mask, late, c, total, w, REVERSE)
                 other = tl.dot(scores.to(OPERAND), k, other, input_precision=PRECISION)
                 if OUT_U is None:
                     acc += other
@@ -402,6 +406,15 @@ def row_dot(a: Tensor, b: Tensor) -> Tensor:
         *a.stride()[:3], *b.stride()[:3], D=D, BD=block(D), N=n,
     )  # fmt: skip
     return out
+
+
+def per_head(dstate: Tensor, group: int) -> Tensor:
+    """The gradient of a state that a group of heads shares, given to the first of them."""
+    if group == 1:
+        return dstate
+    y = dstate.new_zeros(dstate.shape[0], dstate.shape[1] * group, *dstate.shape[2:])
+    y[:, ::group] = dstate
+    return y
 
 
 def sum_heads(y: Tensor, heads: int) -> Tensor:

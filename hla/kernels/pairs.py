@@ -18,14 +18,14 @@ columns of the same numbers.)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hla.kernels.configs import block
+from hla.kernels.configs import QuerySideConfig, block
 from hla.kernels.launch import INTERPRETED, launch
 from hla.kernels.linear_attn import accumulate, operand
 from hla.kernels.query_side_kernels import _decays, _first_chunk, _segment
@@ -253,31 +253,52 @@ def pair_gradients(
             tl.store(DG + token, dg * factor, mask=live)
 
 
+class Gradients(NamedTuple):
+    """Of x, k and v per head of x; of g per head of x in float32, if wanted; of the initial state per head of x, in
+    units of factor, where there is one."""
+
+    dx: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor | None
+    dinitial: Tensor | None
+
+
 def gradients(
-    x: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor | None, states: Tensor, later: Tensor, chunks: Cut,
-    *, factor: float, dx_dtype: torch.dtype, warps: int, registers: int | None, gated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """(dx, dk, dv per head of x, and if wanted (gated) dg per head of x in float32, else None).
+    x: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor | None, segments: Cut, chunks: Cut, config: QuerySideConfig,
+    *, factor: float, initial: Tensor | None, ends: Tensor | None, dx_dtype: torch.dtype, gated: bool,
+    entered: Tensor | None = None,
+) -> Gradients:  # fmt: skip
+    """See above.
 
     Args:
         x: ``[B, T, H, K]``; k: ``[B, T, Hk, K]``; v: ``[B, T, Hv, V]``; last dimension contiguous. do: ``[B, T, H,
             V]``, g: ``[B, T, Hg]``, contiguous. All numbers of heads divide H.
-        states: ``[chunks, Hs, K, V]`` of k and v over earlier tokens, `entering` every chunk. later: ``[chunks, H, K,
-            V]`` of x and do over later ones.
+        initial: ``[N, Hs, K, V]``, the state before the sequences, Hs the largest of Hk, Hv, Hg. ends: ``[N, H, K,
+            V]``, the gradient of the state behind them, in units of factor. entered: of the states, see `entering`.
+        gated: whether dg is wanted.
     """
     (B, T, heads, K), V = x.shape, v.shape[3]
+    kind, precision = operand(x, k, v)
+    common: Any = {"dtype": torch.bfloat16 if kind == tl.bfloat16 else torch.float32, "stages": config.states_stages}
+    shared = max(k.shape[2], v.shape[2], 1 if g is None else g.shape[2])
+    states = entering(
+        k, v, g, segments, chunks, heads=shared, initial=initial, final=False, entered=entered, **common
+    ).states  # fmt: skip
+    later = entering(
+        x, do, g, segments, chunks, heads=heads, initial=ends, final=initial is not None, reverse=True, **common
+    )
     new = lambda *shape, dtype: torch.empty(B, T, heads, *shape, dtype=dtype, device=x.device)  # noqa: E731
     dx, dk, dv = new(K, dtype=dx_dtype), new(K, dtype=k.dtype), new(V, dtype=v.dtype)
     dg = new(dtype=torch.float32) if gated else None
-    kind, precision = operand(x, k, v)
     if x.numel():
         launch(
             pair_gradients, chunks.slots * heads,
-            x, k, v, do, g, states, later, dx, dk, dv, dg, chunks.table,
+            x, k, v, do, g, states, later.states, dx, dk, dv, dg, chunks.table,
             T, chunks.per_sequence, heads, heads // k.shape[2], heads // v.shape[2],
-            1 if g is None else heads // g.shape[2], heads // states.shape[1],
+            1 if g is None else heads // g.shape[2], heads // shared,
             *x.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(factor),
             DIM_K=K, DIM_V=V, C=chunks.segment, BK=block(K), BV=block(V), GATED=g is not None, OPERAND=kind,
-            PRECISION=precision, warps=warps, stages=1, registers=registers,
+            PRECISION=precision, warps=config.warps, stages=1, registers=config.registers,
         )  # fmt: skip
-    return dx, dk, dv, dg
+    return Gradients(dx, dk, dv, dg, later.final)

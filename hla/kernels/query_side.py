@@ -31,7 +31,7 @@ from torch import Tensor
 from hla.kernels.configs import block, device_config, query_side_config
 from hla.kernels.launch import INTERPRETED, launch
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import operand, read, sum_heads
+from hla.kernels.linear_attn import operand, per_head, read, sum_heads
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
 from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
 from hla.kernels.segments import cut, cut_every, enter, is_batch_invariant, sum_later
@@ -189,26 +189,17 @@ class _AtP(NamedTuple):
 
 def _in_pairs(s: _Sizes, x, k, v, do, g, P, entered, dP, scale, gated) -> _AtP:
     """Chunk by chunk, from the states between them."""
-    dtype = torch.bfloat16 if s.operand == tl.bfloat16 else torch.float32
-    earlier = entering(
-        k, v, g, s.segments, s.chunks, heads=s.HKV, initial=P, final=False, dtype=dtype,
-        stages=s.config.states_stages, entered=entered,
+    ends = None if dP is None else per_head(dP, s.HQ // s.HKV) / scale
+    found = gradients(
+        x, k, v, do, g, s.segments, s.chunks, s.config, factor=scale, initial=P, ends=ends, entered=entered,
+        dx_dtype=s.dtype, gated=gated,
     )  # fmt: skip
-    ends = None if dP is None else _per_head(dP, s.HQ // s.HKV) / scale
-    later = entering(
-        x, do, g, s.segments, s.chunks, heads=s.HQ, initial=ends,
-        final=P is not None, dtype=dtype, reverse=True, stages=s.config.states_stages,
-    )  # fmt: skip
-    dx, dk, dv, dg = gradients(
-        x, k, v, do, g, earlier.states, later.states, s.chunks, factor=scale, dx_dtype=s.dtype, warps=s.config.warps,
-        registers=s.config.registers, gated=gated,
-    )  # fmt: skip
-    return _AtP(dx, dk, dv, later.final, dg, None)
+    return _AtP(found.dx, found.dk, found.dv, found.dinitial, found.dg, None)
 
 
 def _in_walks(s: _Sizes, x, k, v, do, g, P, entered, dP, scale, gated) -> _AtP:
     """By three walks, for operands that are wide or large."""
-    ends = None if dP is None else _per_head(dP, s.HQ // s.HKV) / scale
+    ends = None if dP is None else per_head(dP, s.HQ // s.HKV) / scale
     common = dict(heads=s.HQ, factor=scale, exact=gated)
     values = read(k, x, do, g, s.segments, reverse=True, initial=ends, final=P is not None, out_dtype=v.dtype, **common)
     keys = read(
@@ -281,7 +272,7 @@ def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, added, 
             warps=WARPS[s.K],
         )  # fmt: skip
     del all_states
-    dS = None if dS is None else _per_head(dS, group)
+    dS = None if dS is None else per_head(dS, group)
     dS_initial = s.new(chunks.sequences, heads, s.K, s.K) if wants_dS else None
     m = torch.empty_like(added_m)
     if q.numel():
@@ -304,15 +295,6 @@ def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, added, 
 _operation = Operation("query_side", _forward, _fake, _backward, lambda plan: 1, always_kept=1)
 
 
-def _per_head(dstate: Tensor, group: int) -> Tensor:
-    """The gradient of a state that a group of heads shares, given to the first of them."""
-    if group == 1:
-        return dstate
-    y = dstate.new_zeros(dstate.shape[0], dstate.shape[1] * group, *dstate.shape[2:])
-    y[:, ::group] = dstate
-    return y
-
-
 def _run_moments(s: _Sizes, g, xs, us, dtrace, dS, group, wants_dS) -> tuple[Tensor, Tensor, Tensor | None]:
     """(the reversed moment that enters each chunk; m, likewise; the gradient of the initial S per head of q)."""
     heads, shape = s.HQ, s.segments
@@ -320,7 +302,7 @@ def _run_moments(s: _Sizes, g, xs, us, dtrace, dS, group, wants_dS) -> tuple[Ten
     traces = s.new(s.chunks.slots, heads)
     dS_initial = s.new(shape.sequences, heads, s.K, s.K) if wants_dS else None
     enter_trace = None
-    enter_state = None if dS is None else -_per_head(dS, group)
+    enter_state = None if dS is None else -per_head(dS, group)
 
     def walked(leave, leave_trace, total) -> None:
         entering = None if leave is not None else enter_state

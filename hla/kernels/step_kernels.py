@@ -408,15 +408,16 @@ def query_side_kernel(
                 xj = query / (least + _node(nodes, node_at, 0, ORDER) * trace)
                 for n in range(1, ORDER + 1):
                     theta = least + _node(nodes, node_at + n * nodes_n, n, ORDER) * trace
-                    read = tl.zeros((BK,), tl.float32)
                     if BI == BK:  # (`_iterated` takes twice the registers, so half as many programs run at a time)
                         read = tl.sum(S * xj[:, None], 0)
-                    for first in range(0, BK if BI < BK else 0, BI):
-                        rows = first + tl.arange(0, BI)
-                        at, inside, _ = _in_S(rows, wide, K, PACKED, True)
-                        part = tl.sum(_old(S_new, at, inside) * xj[None, :], 1)
-                        part = tl.reshape(tl.broadcast_to(part[None, :], (BK // BI, BI)), (BK,))
-                        read = tl.where(wide // BI == first // BI, part, read)
+                    else:
+                        read = tl.zeros((BK,), tl.float32)
+                        for first in range(0, BK, BI):
+                            rows = first + tl.arange(0, BI)
+                            at, inside, _ = _in_S(rows, wide, K, PACKED, True)
+                            part = tl.sum(_old(S_new, at, inside) * xj[None, :], 1)
+                            part = tl.reshape(tl.broadcast_to(part[None, :], (BK // BI, BI)), (BK,))
+                            read = tl.where(wide // BI == first // BI, part, read)
                     xj += (query - read - least * xj) / theta
             xs += tl.where((readers == t * HEADS + j)[:, None], xj[None, :], 0.0)
         if BI < BK:
