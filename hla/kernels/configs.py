@@ -87,6 +87,16 @@ def little_memory(capability: tuple[int, int]) -> bool:
     return (capability[0] == 8 and capability[1] != 0) or capability[0] == 12
 
 
+@functools.cache
+def has_gluon(capability: tuple[int, int]) -> bool:
+    """Whether a device takes the kernels written in Gluon: a dialect for Hopper GPUs that changes between versions of
+    Triton, so only those for which they have been compiled."""
+    import triton
+
+    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
+    return capability == (9, 0) and not triton.knobs.runtime.interpret and (3, 6) <= version <= (3, 9)
+
+
 def overlaps(device: torch.device) -> bool:
     """Whether a kernel can start while the one before it ends (programmatic dependent launch, see `launch`)."""
     return device_config(device)[0] >= (9, 0) and torch.version.hip is None

@@ -12,8 +12,10 @@ pairs of a writing token before t and a reading one from t on. Its gradient is t
     dg_t = sum_{i>=t>j} M_ij  +  sum_{i>=t} x_i . (read do P^T)_i  +  sum_{j<t} k_j . (write v N^T)_j  +  rho <P, N>.
 
 Nothing large is subtracted here, unlike in the difference of all ``x . dx`` and ``k . dk`` to the end of the sequence
-(`linear_attn`, EXACT), so rounded operands do no harm. (The first kind is that difference inside a chunk, of rows and
-columns of the same numbers.)
+(`linear_attn`, EXACT), so rounded operands do no harm. Within a chunk that difference is as good: what x and k have of
+each other is ``A B`` with the same rounded B in both. So the sums of rows and columns of M need not be made,
+
+    dg_t = sum_{t<=i<=end} (x_i . dx_i - k_i . dk_i)  +  sum_{j in the chunk} k_j . (write v N^T)_j  +  rho <P, N>.
 """
 
 from __future__ import annotations
@@ -24,9 +26,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from hla.kernels.configs import QuerySideConfig, block
-from hla.kernels.launch import INTERPRETED, launch
+from hla.kernels.configs import QuerySideConfig, block, device_config, has_gluon, overlaps
+from hla.kernels.launch import INTERPRETED, launch, wait
 from hla.kernels.linear_attn import accumulate, operand
 from hla.kernels.query_side_kernels import _decays, _first_chunk, _segment
 from hla.kernels.segments import Cut
@@ -46,17 +49,27 @@ def walk_states(
     length, segment, per_sequence, chunks_per_sequence, heads, ga, gb, gg,
     a_b, a_t, a_h, b_b, b_t, b_h, e_n, e_h, e_k, e_v,
     DA: tl.constexpr, DB: tl.constexpr, C: tl.constexpr, BA: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
-    REVERSE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    REVERSE: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr, LATE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """BV columns of the state ``sum a_t b_t^T`` that enters each chunk of a segment to STATES, and with TRACES (a is b)
     their part of its trace. Walked from the first token, or in reverse from the last. The last state goes to LEAVE.
+
+    LATE: neither reads nor overwrites anything of the kernel before it, and so waits for that one only in the end.
     """
+    if LATE:
+        if PDL:
+            gdc_launch_dependents()
+    else:
+        wait(PDL)
     blocks: tl.constexpr = (DB + BV - 1) // BV
     block = tl.program_id(0) % blocks
     h = (tl.program_id(0) // blocks) % heads
     slot = tl.program_id(0) // (blocks * heads)
     sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
     if sequence < 0:
+        if LATE:
+            wait(PDL)
         return
     rows = tl.arange(0, C)
     ca = tl.arange(0, BA)
@@ -106,6 +119,8 @@ def walk_states(
         if at_end:
             p = LEAVE + (tl.cast(sequence, tl.int64) * heads + h) * (DA * DB) + ca[:, None] * DB + cb[None, :]
             tl.store(p, state, mask=inside)
+    if LATE:
+        wait(PDL)
 
 
 class Entering(NamedTuple):
@@ -121,7 +136,7 @@ class Entering(NamedTuple):
 def entering(
     a: Tensor, b: Tensor, g: Tensor | None, segments: Cut, chunks: Cut, *, heads: int, initial: Tensor | None,
     final: bool, dtype: torch.dtype, reverse: bool = False, traces: bool = False, stages: int = 3,
-    entered: Tensor | None = None,
+    entered: Tensor | None = None, late: bool = False,
 ) -> Entering:  # fmt: skip
     """States ``sum_j decay a_j b_j^T`` over earlier tokens, or in reverse over later ones, at the borders of chunks.
 
@@ -130,6 +145,7 @@ def entering(
         initial: ``[N, H, K, V]``, what enters the sequences (in reverse from behind), any strides.
         dtype: of the states in memory. traces: of the states, where a is b.
         entered: what enters the segments of a split, from an earlier call.
+        late: the launch before this call was of another state, and may still run.
     """
     (T, _, K), V, (kind, precision) = a.shape[1:], b.shape[3], operand(a, b)
     columns = min(COLUMNS, block(V))
@@ -151,7 +167,8 @@ def entering(
             heads, heads // a.shape[2], heads // b.shape[2], 1 if g is None else heads // g.shape[2],
             *a.stride()[:3], *b.stride()[:3], *((0, 0, 0, 0) if first is None else first.stride()),
             DA=K, DB=V, C=chunks.segment, BA=block(K), BV=columns, GATED=g is not None, REVERSE=reverse,
-            SPLIT=segments.split, OPERAND=kind, PRECISION=precision, warps=4, stages=stages,
+            SPLIT=segments.split, OPERAND=kind, PRECISION=precision, LATE=late, warps=4, stages=stages,
+            pdl=overlaps(a.device),
         )  # fmt: skip
     elif found.final is not None:
         found.final.zero_() if initial is None else found.final.copy_(initial)
@@ -192,17 +209,25 @@ def pair_gradients(
     k = tl.load(pk, mask=in_k, other=0.0).to(OPERAND)
     do = tl.load(DO + at_v, mask=in_v, other=0.0).to(OPERAND)
     v = tl.load(pv, mask=in_v, other=0.0).to(OPERAND)
+    STATES += (tl.cast(slot, tl.int64) * (heads // gs) + h // gs) * (DIM_K * DIM_V)
+    LATER += (tl.cast(slot, tl.int64) * heads + h) * (DIM_K * DIM_V)
+    at = ck[:, None] * DIM_V + cv[None, :]
+    whole: tl.constexpr = DIM_K == BK and DIM_V == BV
+    in_state = (ck < DIM_K)[:, None] & (cv < DIM_V)[None, :]
+    small: tl.constexpr = BK * BV <= 4096
+    if small:  # asks for both states before anything waits for a tile
+        P = (tl.load(STATES + at) if whole else tl.load(STATES + at, mask=in_state, other=0.0)).to(OPERAND)
+        N = (tl.load(LATER + at) if whole else tl.load(LATER + at, mask=in_state, other=0.0)).to(OPERAND)
     if GATED:
         c, total = _decays(G, batch * length + row + rows, live, heads // gg, h // gg)
+        if small and DG is not None:
+            both = tl.sum(tl.sum(P.to(tl.float32) * N.to(tl.float32), 1), 0)
     A = tl.dot(x, tl.trans(k), input_precision=PRECISION)
     B = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     mask = rows[:, None] >= rows[None, :]
     if GATED:
         E = tl.where(mask, tl.exp2(c[:, None] - c[None, :]), 0.0)
         B *= E
-        if DG is not None:
-            pairs = tl.where(rows[:, None] > rows[None, :], A * B, 0.0)
-            later = tl.sum(pairs, 1) - tl.sum(pairs, 0)
         A *= E
     else:
         A = tl.where(mask, A, 0.0)
@@ -210,27 +235,28 @@ def pair_gradients(
     A = A.to(OPERAND)
     B = B.to(OPERAND)
 
-    STATES += (tl.cast(slot, tl.int64) * (heads // gs) + h // gs) * (DIM_K * DIM_V)
-    LATER += (tl.cast(slot, tl.int64) * heads + h) * (DIM_K * DIM_V)
-    at = ck[:, None] * DIM_V + cv[None, :]
-    whole: tl.constexpr = DIM_K == BK and DIM_V == BV
-    in_state = (ck < DIM_K)[:, None] & (cv < DIM_V)[None, :]
-    P = (tl.load(STATES + at) if whole else tl.load(STATES + at, mask=in_state, other=0.0)).to(OPERAND)
+    if not small:
+        P = (tl.load(STATES + at) if whole else tl.load(STATES + at, mask=in_state, other=0.0)).to(OPERAND)
     acc = tl.dot(do, tl.trans(P), input_precision=PRECISION)
     if GATED:
         acc *= tl.exp2(c)[:, None]
-        if DG is not None:
-            later += tl.sum(acc * x.to(tl.float32), 1)
     acc = tl.dot(B, k, acc, input_precision=PRECISION)
+    if GATED:
+        if DG is not None:
+            dots = tl.sum(acc * x.to(tl.float32), 1)
     tl.store(DX + at_k, (acc * factor).to(DX.dtype.element_ty), mask=in_k)
 
-    N = (tl.load(LATER + at) if whole else tl.load(LATER + at, mask=in_state, other=0.0)).to(OPERAND)
+    if not small:
+        N = (tl.load(LATER + at) if whole else tl.load(LATER + at, mask=in_state, other=0.0)).to(OPERAND)
     acc = tl.dot(v, tl.trans(N), input_precision=PRECISION)
     if GATED:
         acc *= tl.exp2(total - c)[:, None]
         if DG is not None:
-            earlier = tl.sum(acc * k.to(tl.float32), 1)
+            across = tl.sum(tl.sum(acc * k.to(tl.float32), 1), 0)
     acc = tl.dot(tl.trans(B), x, acc, input_precision=PRECISION)
+    if GATED:
+        if DG is not None:
+            dots -= tl.sum(acc * k.to(tl.float32), 1)
     tl.store(DK + at_k, (acc * factor).to(DK.dtype.element_ty), mask=in_k)
 
     acc = tl.dot(k, N, input_precision=PRECISION)
@@ -241,15 +267,15 @@ def pair_gradients(
 
     if GATED:
         if DG is not None:
-            across = 0.0
-            some = tl.arange(0, 16)
-            for i in range(0, BK, 16):  # (both whole would take too many registers)
-                part = (i + some)[:, None] * DIM_V + cv[None, :]
-                inside = (i + some < DIM_K)[:, None] & (cv < DIM_V)[None, :]
-                p = tl.load(STATES + part, mask=inside, other=0.0).to(tl.float32)
-                across += tl.sum(tl.sum(p * tl.load(LATER + part, mask=inside, other=0.0).to(tl.float32), 1), 0)
-            dg = across * tl.exp2(total) + tl.sum(later, 0) - tl.cumsum(later, 0) + later  # from t on,
-            dg += tl.cumsum(earlier, 0) - earlier  # and before t
+            if not small:
+                both = 0.0
+                some = tl.arange(0, 16)
+                for i in range(0, BK, 16):  # (both whole would take too many registers)
+                    part = (i + some)[:, None] * DIM_V + cv[None, :]
+                    inside = (i + some < DIM_K)[:, None] & (cv < DIM_V)[None, :]
+                    p = tl.load(STATES + part, mask=inside, other=0.0).to(tl.float32)
+                    both += tl.sum(tl.sum(p * tl.load(LATER + part, mask=inside, other=0.0).to(tl.float32), 1), 0)
+            dg = across + both * tl.exp2(total) + tl.sum(dots, 0) - tl.cumsum(dots, 0) + dots
             tl.store(DG + token, dg * factor, mask=live)
 
 
@@ -286,19 +312,29 @@ def gradients(
         k, v, g, segments, chunks, heads=shared, initial=initial, final=False, entered=entered, **common
     ).states  # fmt: skip
     later = entering(
-        x, do, g, segments, chunks, heads=heads, initial=ends, final=initial is not None, reverse=True, **common
-    )
+        x, do, g, segments, chunks, heads=heads, initial=ends, final=initial is not None, reverse=True, late=True,
+        **common,
+    )  # fmt: skip
     new = lambda *shape, dtype: torch.empty(B, T, heads, *shape, dtype=dtype, device=x.device)  # noqa: E731
     dx, dk, dv = new(K, dtype=dx_dtype), new(K, dtype=k.dtype), new(V, dtype=v.dtype)
     dg = new(dtype=torch.float32) if gated else None
-    if x.numel():
-        launch(
-            pair_gradients, chunks.slots * heads,
-            x, k, v, do, g, states, later.states, dx, dk, dv, dg, chunks.table,
-            T, chunks.per_sequence, heads, heads // k.shape[2], heads // v.shape[2],
-            1 if g is None else heads // g.shape[2], heads // shared,
-            *x.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(factor),
-            DIM_K=K, DIM_V=V, C=chunks.segment, BK=block(K), BV=block(V), GATED=g is not None, OPERAND=kind,
-            PRECISION=precision, warps=config.warps, stages=1, registers=config.registers,
-        )  # fmt: skip
+    if not x.numel():
+        return Gradients(dx, dk, dv, dg, later.final)
+    args = (
+        x, k, v, do, g, states, later.states, dx, dk, dv, dg, chunks.table,
+        T, chunks.per_sequence, heads, heads // k.shape[2], heads // v.shape[2],
+        1 if g is None else heads // g.shape[2], heads // shared,
+        *x.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(factor),
+    )  # fmt: skip
+    if has_gluon(device_config(x.device)[0]):
+        from hla.kernels import pairs_hopper
+
+        if pairs_hopper.fits(x, k, v, do, chunks.segment, dx_dtype):
+            pairs_hopper.launch_pairs(chunks.slots * heads, *args)
+            return Gradients(dx, dk, dv, dg, later.final)
+    launch(
+        pair_gradients, chunks.slots * heads, *args,
+        DIM_K=K, DIM_V=V, C=chunks.segment, BK=block(K), BV=block(V), GATED=g is not None, OPERAND=kind,
+        PRECISION=precision, warps=config.warps, stages=1, registers=config.registers,
+    )  # fmt: skip
     return Gradients(dx, dk, dv, dg, later.final)

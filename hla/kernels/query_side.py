@@ -24,12 +24,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from hla.kernels.configs import block, device_config, query_side_config
-from hla.kernels.launch import INTERPRETED, launch
+from hla.kernels.configs import block, device_config, has_gluon, query_side_config
+from hla.kernels.launch import launch
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import operand, per_head, read, sum_heads
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
@@ -44,10 +43,7 @@ SCAN_BLOCK = 1024  # numbers of a moment that one program carries
 
 def fits_hopper(size: int, order: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
     """Whether the gradient of the readings is that of `query_side_hopper`."""
-    # (A dialect that changes between versions of Triton: only those for which it has been compiled.)
-    version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    fits = dtype == torch.bfloat16 and size in (64, 128) and order <= 4 and capability == (9, 0)
-    return fits and not INTERPRETED and (3, 6) <= version <= (3, 9)
+    return dtype == torch.bfloat16 and size in (64, 128) and order <= 4 and has_gluon(capability)
 
 
 class _Sizes:
@@ -108,14 +104,29 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: boo
     scale, final = _decode(plan)
     order = nodes.shape[-1] - 1
     s = _Sizes(q, k, cu_seqlens, order)
-    all_states, traces, S_final, S_entered = _run_states(s, k, g, S, final)
-    x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces)
-    del all_states
-    done = read(x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, final=final, out_dtype=v.dtype)
-    kept = [x] if keep else []
+    if s.hopper and v.shape[3] == s.K and q.numel() and _copies(q, k, v):
+        from hla.kernels.query_side_walk import walk_through
+
+        o, x, finals, entered = walk_through(
+            q, k, v, g, ridge, nodes, S, P, s.segments, scale=scale, final=final, keep=keep
+        )  # fmt: skip
+    else:
+        all_states, traces, S_final, S_entered = _run_states(s, k, g, S, final)
+        x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces)
+        del all_states
+        done = read(x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, final=final, out_dtype=v.dtype)
+        o, finals = done.o, [y for y in (S_final, done.final) if y is not None]
+        entered = [y for y in (S_entered, done.entered) if y is not None]
+    kept = [x] if keep and x is not None else []
     if keep and cu_seqlens is None and not is_batch_invariant():  # (of packed sequences they can be many)
-        kept += [y for y in (S_entered, done.entered) if y is not None]
-    return [done.o, *(y for y in (S_final, done.final) if y is not None)], kept
+        kept += entered
+    return [o, *finals], kept
+
+
+def _copies(*tensors: Tensor) -> bool:
+    """Whether rows can be copied to shared memory as they are, 16 bytes at a time."""
+    aligned = all(x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in x.stride()[:-1]) for x in tensors)
+    return aligned and all(x.dtype == torch.bfloat16 for x in tensors)
 
 
 def _fake(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[list[Tensor], list[Tensor]]:

@@ -138,6 +138,7 @@ def adjoint(
     B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4 * WARPS_N, 1], [1, 0])
     R: gl.constexpr = gl.SliceLayout(1, L)
     RC: gl.constexpr = gl.SliceLayout(1, LC)
+    CC: gl.constexpr = gl.SliceLayout(0, LC)
     SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
     SHC: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
     SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
@@ -166,6 +167,9 @@ def adjoint(
     by_u = gl.allocate_shared_memory(gl.bfloat16, [C, C], SHC)  # -E (u k^T)
     # (What E multiplies is rounded to bfloat16. In float16 it has three digits more, and is 0 where it is below 6e-8.)
     E_s = gl.allocate_shared_memory(gl.float16, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    # Numbers per token, from the threads that have them to those that want them.
+    c_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    squares_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
     # To shared memory. (Through registers: the interface of asynchronous copies differs between versions of Triton.)
     br = gl.arange(0, C, gl.SliceLayout(1, B))
@@ -173,19 +177,15 @@ def adjoint(
     sr = gl.arange(0, D, gl.SliceLayout(1, B))
     blive = (start + br < stop)[:, None]
     at = slot.to(gl.int64) * (heads // group) + hk
-    pk = K + batch * k_b + hk.to(gl.int64) * k_h + row * k_t + br[:, None] * k_t + bd[None, :]
-    pq = Q + batch * q_b + h.to(gl.int64) * q_h + row * q_t + br[:, None] * q_t + bd[None, :]
-    at_b = ((batch * length + row) * heads + h) * D + br[:, None] * (heads * D) + bd[None, :]
+    pk = K + (batch * k_b + hk.to(gl.int64) * k_h + row * k_t) + (br[:, None] * k_t + bd[None, :])
+    pq = Q + (batch * q_b + h.to(gl.int64) * q_h + row * q_t) + (br[:, None] * q_t + bd[None, :])
+    own = ((batch * length + row) * heads + h) * D
+    at_b = br[:, None] * (heads * D) + bd[None, :]
     k = gl.load(pk, mask=blive, other=0.0)
     q = gl.load(pq, mask=blive, other=0.0)
-    S = gl.load(STATES + at * (D * D) + sr[:, None] * D + bd[None, :])
-    dx = gl.load(DX + at_b, mask=blive, other=0.0)
-    k_s.store(k)
-    u_s.store(q)
-    S_s.store(S)
-    w_s.store(dx)
-
-    # Numbers per token.
+    S = gl.load(STATES + at * (D * D) + (sr[:, None] * D + bd[None, :]))
+    dx = gl.load(DX + own + at_b, mask=blive, other=0.0)
+    # Numbers per token, asked for before anything waits for a tile.
     rows = gl.arange(0, C, R)
     live = start + rows < stop
     token = (batch * length + row + rows) * heads + h
@@ -193,33 +193,40 @@ def adjoint(
     trace = 0.0
     for b in gl.static_range(BLOCKS):
         trace += gl.load(TRACES + at * BLOCKS + b)
-    rc = gl.arange(0, C, RC)
-    cc = gl.arange(0, C, gl.SliceLayout(0, LC))
-    mask = rc[:, None] >= cc[None, :]
+    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
+    weights = ()
+    for n in gl.static_range(ORDER + 1):
+        weights = weights + (gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32),)
     if GATED:
         tokens = gl.arange(0, C, gl.BlockedLayout([2], [32], [4 * WARPS_N], [0]))  # (a layout that can be scanned)
         g_at = (batch * length + row + tokens) * (heads // group // gg) + hk // gg
         g = gl.load(G + g_at, mask=start + tokens < stop, other=0.0).to(gl.float32)
+    k_s.store(k)
+    u_s.store(q)
+    S_s.store(S)
+    w_s.store(dx)
+    if GATED:
         g = gl.maximum(g, -110.0) * 1.4426950408889634
-        c = gl.associative_scan(g, 0, _add)
+        c_s.store(gl.associative_scan(g, 0, _add))
         total = gl.sum(g, 0)
-        E = gl.convert_layout(c, RC)[:, None] - gl.convert_layout(c, gl.SliceLayout(0, LC))[None, :]
-        E = gl.where(mask, gl.exp2(E), 0.0)
-        read = gl.exp2(gl.convert_layout(c, R))
     else:
         total = 0.0
+    _ready()
+    k = _wide(k_s.load(L))
+    squares_s.store(gl.sum(k * k, 1))
+    mask = gl.arange(0, C, RC)[:, None] >= gl.arange(0, C, CC)[None, :]
+    if GATED:
+        E = gl.where(mask, gl.exp2(c_s.load(RC)[:, None] - c_s.load(CC)[None, :]), 0.0)
+        read = gl.exp2(c_s.load(R))
+    else:
         E = gl.where(mask, 1.0, 0.0)
         read = gl.full([C], 1.0, gl.float32, R)
     E_s.store(E.to(gl.float16))
-    _ready()
-    k = _wide(k_s.load(L))
-    squares = gl.convert_layout(gl.sum(k * k, 1), gl.SliceLayout(0, LC))
-    traces = read * trace + gl.convert_layout(gl.sum(E * squares[None, :], 1), R)
-    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
+    _barrier()
+    traces = read * trace + gl.convert_layout(gl.sum(E * squares_s.load(CC)[None, :], 1), R)
     steps = ()
     for n in gl.static_range(ORDER + 1):
-        node = gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32)
-        steps = steps + (1.0 / gl.where(live, ridge + node * traces, 1.0),)
+        steps = steps + (1.0 / gl.where(live, ridge + weights[n] * traces, 1.0),)
 
     # The readings once more: x_0 ... x_{ORDER-1}, and their weights inside the chunk, negative.
     zeros = gl.zeros([C, D], gl.float32, L)
@@ -283,8 +290,8 @@ def adjoint(
         if GATED:
             u_ = _diagonal(raw, WARPS_N)
             x_ = own_x[n - 1]
-            own = u_.to(gl.bfloat16).to(gl.float32) * x_ - x_.to(gl.bfloat16).to(gl.float32) * u_
-            dc += 0.5 * gl.convert_layout(own, part.type.layout)
+            same = u_.to(gl.bfloat16).to(gl.float32) * x_ - x_.to(gl.bfloat16).to(gl.float32) * u_
+            dc += 0.5 * gl.convert_layout(same, part.type.layout)
         _ready()
         dk = warpgroup_mma(by_u.permute((1, 0)), x_s.index(n - 1), dk, is_async=True)
         y = warpgroup_mma(by_u, k_s, y, is_async=True)
@@ -301,6 +308,7 @@ def adjoint(
         dc -= xSu
 
     # Gradients of the numbers per token.
+    added = gl.load(ADDED + own + at_b, mask=blive, other=0.0)
     for _ in gl.static_range(ORDER, 4):
         dthetas = dthetas + (part,)
     sums = _rest(after, dridge, dtrace, dc, dthetas[0], dthetas[1], dthetas[2], dthetas[3], R)
@@ -333,6 +341,5 @@ def adjoint(
     w_s.store(dk.to(gl.bfloat16))
     _barrier()
     gl.store(MOMENTS + at * (D * D) + sr[:, None] * D + bd[None, :], S_s.load(B))
-    gl.store(DQ + at_b, u_s.load(B), mask=blive)
-    added = gl.load(ADDED + at_b, mask=blive, other=0.0).to(gl.float32)
-    gl.store(DK + at_b, (w_s.load(B).to(gl.float32) + added).to(gl.bfloat16), mask=blive)
+    gl.store(DQ + own + at_b, u_s.load(B), mask=blive)
+    gl.store(DK + own + at_b, (w_s.load(B).to(gl.float32) + added.to(gl.float32)).to(gl.bfloat16), mask=blive)

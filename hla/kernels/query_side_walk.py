@@ -1,0 +1,319 @@
+# mypy: ignore-errors
+"""The forward pass of `hla_q` for Hopper GPUs, in Gluon: one walk with S and P in registers.
+
+Per chunk all readings of S, as in `query_side_kernels.solve`, then that of P, as in `linear_attn.walk`. What moves is
+q, k, v and o, and x where a backward pass will want it. Roundings are those of the three launches, but for x_0, which
+has none.
+
+The readings of a chunk wait for each other, so what can be is under way before: tiles and numbers of the next chunk,
+and the products that move S and P to the end of this one. With one group of four warps (heads of 64) left operands stay
+in registers, and no warp waits for another during the readings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from hla.kernels.launch import launch
+from hla.kernels.linear_attn import accumulate
+from hla.kernels.query_side_hopper import _add, _barrier, _ready, _wide
+from hla.kernels.query_side_kernels import PER_TOKEN
+from hla.kernels.segments import Cut
+
+WARPS = {64: 4, 128: 8}  # in groups of four that share the columns of a tile
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # (it was renamed)
+
+
+@gluon.jit
+def _ask(Q, K, V, q_s, k_s, v_s, first, stop, z, q_t, k_t, v_t, B: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
+    """Tiles of a chunk on their way to shared memory; rows behind the last token are zeros."""
+    r = gl.arange(0, C, gl.SliceLayout(1, B)) + z
+    d = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
+    live = (first + r < stop)[:, None]
+    row = first.to(gl.int64)
+    _copy(q_s, Q + row * q_t + (r[:, None] * q_t + d), mask=live)
+    _copy(k_s, K + row * k_t + (r[:, None] * k_t + d), mask=live)
+    _copy(v_s, V + row * v_t + (r[:, None] * v_t + d), mask=live)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _numbers(
+    G, RIDGE, NODES, first, stop, z, r_t, n_t, n_n, g_t, ORDER: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+    SCAN: gl.constexpr,
+):  # fmt: skip
+    """(log-decays, or 0 without; ridge; the nodes) of a chunk."""
+    rows = gl.arange(0, C, R) + z
+    live = first + rows < stop
+    row = first.to(gl.int64)
+    g = 0.0
+    if G is not None:
+        tokens = gl.arange(0, C, SCAN) + z
+        g = gl.load(G + row * g_t + tokens * g_t, mask=first + tokens < stop, other=0.0).to(gl.float32)
+    ridge = gl.load(RIDGE + row * r_t + rows * r_t, mask=live, other=1.0).to(gl.float32)
+    nodes = ()
+    for n in gl.static_range(ORDER + 1):
+        nodes = nodes + (gl.load(NODES + row * n_t + n * n_n + rows * n_t, mask=live, other=1.0).to(gl.float32),)
+    return g, ridge, nodes
+
+
+@gluon.jit
+def _operand(x, x_s, L: gl.constexpr, WARPS_N: gl.constexpr):
+    """The left operand of a product: registers of one group of warps hold whole rows, those of two do not."""
+    if WARPS_N == 1:
+        return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, L, 2))
+    else:
+        x_s.store(x.to(gl.bfloat16))
+        return x_s
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "length", "segment", "per_sequence", "heads", "group", "gg", *PER_TOKEN,
+        "s_n", "s_h", "s_k", "s_v", "p_n", "p_h", "p_k", "p_v",
+    ]
+)  # fmt: skip
+def walk_readings(
+    Q, K, V, G, RIDGE, NODES, S_ENTER, P_ENTER, X, OUT, S_LEAVE, P_LEAVE, SLOTS,
+    scale, length, segment, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
+    s_n, s_h, s_k, s_v, p_n, p_h, p_k, p_v,
+    ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr,
+    WARPS_N: gl.constexpr,
+):  # fmt: skip
+    """One segment and one head of q: o to OUT, ``x_ORDER`` to X. Pointers that are None switch their part off.
+
+    The first head of a group writes what leaves the sequence to S_LEAVE and P_LEAVE.
+    """
+    # Layouts: accumulators [C, D], [C, C] and [D, D]; B, whole rows in global memory; R and RC, numbers of rows.
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])
+    LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, C // WARPS_N, 16])
+    LN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * WARPS_N, 1], [16, D, 16])
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4 * WARPS_N, 1], [1, 0])
+    R: gl.constexpr = gl.SliceLayout(1, L)
+    RC: gl.constexpr = gl.SliceLayout(1, LC)
+    CC: gl.constexpr = gl.SliceLayout(0, LC)
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [4 * WARPS_N], [0])  # every warp has all tokens
+    SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
+    SHC: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
+    SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
+    h = gl.program_id(0) % heads
+    slot = gl.program_id(0) // heads
+    if SLOTS is None:
+        sequence = slot // per_sequence
+        start = (slot % per_sequence) * segment
+        stop = gl.minimum(start + segment, length)
+        batch = sequence.to(gl.int64)
+    else:
+        sequence = gl.load(SLOTS + slot * 4)
+        start = gl.load(SLOTS + slot * 4 + 1)
+        stop = gl.load(SLOTS + slot * 4 + 2)
+        batch = (sequence * 0).to(gl.int64)
+    if sequence < 0:
+        return
+    hk = h // group
+    kv_heads = heads // group
+    q_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], SH)
+    k_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], SH)
+    v_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], SH)
+    states_s = gl.allocate_shared_memory(gl.bfloat16, [2, D, D], SHD)
+    tiles_s = gl.allocate_shared_memory(gl.bfloat16, [2 if WARPS_N == 1 else 3, C, D], SH)
+    if WARPS_N == 1:
+        scores_s = tiles_s  # (operands stay in registers)
+    else:
+        scores_s = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], SHC)
+    # Numbers per token, from the threads that have them to those that want them.
+    c_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    squares_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    nr = gl.arange(0, D, gl.SliceLayout(1, LN))[:, None]
+    nc = gl.arange(0, D, gl.SliceLayout(0, LN))[None, :]
+    S = gl.zeros([D, D], gl.float32, LN)
+    P = gl.zeros([D, D], gl.float32, LN)
+    entering = (slot if SPLIT else sequence).to(gl.int64)
+    if S_ENTER is not None:
+        S = gl.load(S_ENTER + entering * s_n + hk * s_h + nr * s_k + nc * s_v).to(gl.float32)
+    if P_ENTER is not None:
+        P = gl.load(P_ENTER + entering * p_n + hk * p_h + nr * p_k + nc * p_v).to(gl.float32)
+    trace = gl.sum(gl.sum(gl.where(nr == nc, S, 0.0), 1), 0)
+
+    Q += batch * q_b + h.to(gl.int64) * q_h
+    K += batch * k_b + hk.to(gl.int64) * k_h
+    V += batch * v_b + hk.to(gl.int64) * v_h
+    RIDGE += batch * r_b + h * r_h
+    NODES += batch * n_b + h * n_h
+    g_t = kv_heads // gg
+    if GATED:
+        G += batch * length * g_t + hk // gg
+    zeros = gl.zeros([C, D], gl.float32, L)
+    zeros_c = gl.zeros([C, C], gl.float32, LC)
+    _ask(Q, K, V, q_s.index(0), k_s.index(0), v_s.index(0), start, stop, 0, q_t, k_t, v_t, B, C, D)
+    g, ridge, nodes = _numbers(G, RIDGE, NODES, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C, R, SCAN)
+    chunks = (stop - start + C - 1) // C
+    for i in range(0, chunks):
+        # z is 0, which the compiler does not know: without it, addresses would be the same for all chunks, and be kept
+        # from one to the next, in memory, for want of registers.
+        z = gl.inline_asm_elementwise("and.b32 $0, $1, 0x40000000;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
+        S_s, P_s = states_s.index(z), states_s.index(z + 1)
+        w_s = tiles_s.index(z)  # keys with what they weigh at the end of the chunk
+        o_s = tiles_s.index(z + 1)
+        if WARPS_N == 1:
+            r_s, by_s = o_s, o_s
+        else:
+            r_s, by_s = tiles_s.index(z + 2), scores_s.index(z)
+        first = start + i * C
+        here = i % 2
+        q_i, k_i, v_i = q_s.index(here), k_s.index(here), v_s.index(here)
+        kt = k_i.permute((1, 0))
+        live = first + (gl.arange(0, C, R) + z) < stop
+        async_copy.wait_group(0)
+        S_s.store(S.to(gl.bfloat16))
+        P_s.store(P.to(gl.bfloat16))
+        _ready()
+        _ask(
+            Q, K, V, q_s.index(1 - here), k_s.index(1 - here), v_s.index(1 - here), first + C, stop, z, q_t, k_t, v_t,
+            B, C, D,
+        )  # fmt: skip
+        raw = warpgroup_mma(q_i, kt, zeros_c, use_acc=False, is_async=True)
+        acc = warpgroup_mma(q_i, S_s, zeros, use_acc=False, is_async=True)
+
+        # Numbers per token.
+        k = _wide(k_i.load(L))
+        squares_s.store(gl.sum(k * k, 1))
+        if GATED:
+            g = gl.maximum(g, -110.0) * 1.4426950408889634
+            c = gl.associative_scan(g, 0, _add)
+            total = gl.sum(g, 0)
+            whole = gl.exp2(total)
+            c_s.store(c)
+        _barrier()
+        rc = (gl.arange(0, C, RC) + z)[:, None]
+        cc = gl.arange(0, C, CC)[None, :]
+        squares = squares_s.load(SCAN)
+        if GATED:
+            minus_E = gl.where(rc >= cc, -gl.exp2(c_s.load(RC)[:, None] - c_s.load(CC)[None, :]), 0.0)
+            c_r = c_s.load(R)
+            read = gl.exp2(c_r)
+            w_s.store((k * gl.exp2(total - c_r)[:, None]).to(gl.bfloat16))
+            squares *= gl.exp2(total - c)
+        else:
+            whole = 1.0
+            minus_E = gl.where(rc >= cc, -1.0, 0.0)
+            read = gl.full([C], 1.0, gl.float32, R)
+            w_s.store(k.to(gl.bfloat16))
+        traces = gl.sum(minus_E * squares_s.load(CC)[None, :], 1)
+        traces = read * trace - gl.convert_layout(traces, R)
+        trace = trace * whole + gl.sum(squares, 0)
+
+        # y_n = theta_n x_n = (theta_n - ridge) x_{n-1} + q - S x_{n-1}. The first reading is of q itself, unrounded:
+        # x_0 is q / theta_0.
+        by = 1.0 / gl.where(live, ridge + nodes[0] * traces, 1.0)
+        more = nodes[1] * traces
+        y = _wide(q_i.load(L)) * (1.0 + by * more)[:, None]
+        raw, acc = warpgroup_mma_wait(0, (raw, acc))
+        scores = _operand(raw * (minus_E * gl.convert_layout(by, RC)[:, None]), by_s, LC, WARPS_N)
+        y += acc * (by * -read)[:, None]
+        _ready()
+        y = warpgroup_mma(scores, k_i, y, is_async=True)
+        if GATED:
+            S *= whole
+            P *= whole
+        S = warpgroup_mma(w_s.permute((1, 0)), k_i, S, is_async=True)
+        P = warpgroup_mma(w_s.permute((1, 0)), v_i, P, is_async=True)
+        by = 1.0 / gl.where(live, ridge + more, 1.0)
+        y, S, P = warpgroup_mma_wait(0, (y, S, P))
+        for n in gl.static_range(2, ORDER + 2):
+            x = y * by[:, None]
+            if WARPS_N > 1:
+                _barrier()
+            elif n == ORDER + 1 and X is not None:
+                o_s.store(x.to(gl.bfloat16))
+            left = _operand(x, o_s, L, WARPS_N)
+            left_r = _operand(x * -read[:, None], r_s, L, WARPS_N)
+            if WARPS_N > 1:
+                _ready()
+            raw = warpgroup_mma(left, kt, zeros_c, use_acc=False, is_async=True)
+            if n <= ORDER:
+                more = nodes[n] * traces
+                y = x * more[:, None] + _wide(q_i.load(L))
+                by = 1.0 / gl.where(live, ridge + more, 1.0)
+                y = warpgroup_mma(left_r, S_s, y, is_async=True)
+            else:
+                y = warpgroup_mma(left_r, P_s, zeros, use_acc=False, is_async=True)
+            raw = warpgroup_mma_wait(1, (raw,))
+            scores = _operand(raw * minus_E, by_s, LC, WARPS_N)
+            if WARPS_N > 1:
+                _ready()
+            y = warpgroup_mma(scores, k_i if n <= ORDER else v_i, y, is_async=True)
+            y = warpgroup_mma_wait(0, (y,))
+
+        # Through shared memory, so that whole rows are written.
+        br = (gl.arange(0, C, gl.SliceLayout(1, B)) + z)[:, None]
+        bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
+        blive = first + br < stop
+        own = ((batch * length + first) * heads + h) * D
+        at_b = br * (heads * D) + bd
+        if WARPS_N == 1:
+            _barrier()  # (nobody reads keys there any more)
+        w_s.store((y * -scale).to(gl.bfloat16))
+        _barrier()
+        gl.store(OUT + own + at_b, w_s.load(B), mask=blive)
+        if X is not None:
+            gl.store(X + own + at_b, o_s.load(B), mask=blive)
+        g, ridge, nodes = _numbers(G, RIDGE, NODES, first + C, stop, z, r_t, n_t, n_n, g_t, ORDER, C, R, SCAN)
+    async_copy.wait_group(0)
+    if S_LEAVE is not None:
+        if SLOTS is None:
+            at_end = start + segment >= length
+        else:
+            at_end = (gl.load(SLOTS + slot * 4 + 3) & 2) != 0
+        if at_end & (h % group == 0):
+            leaving = (sequence.to(gl.int64) * kv_heads + hk) * (D * D) + nr * D + nc
+            gl.store(S_LEAVE + leaving, S)
+            gl.store(P_LEAVE + leaving, P)
+
+
+class Walked(NamedTuple):
+    """o ``[B, T, HQ, D]``; ``x_order``, or None; final S and P ``[N, HKV, D, D]`` float32, or nothing; those that enter
+    the segments of a split, or nothing."""
+
+    o: Tensor
+    x: Tensor | None
+    finals: list[Tensor]
+    entered: list[Tensor]
+
+
+def walk_through(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, ridge: Tensor, nodes: Tensor, S: Tensor | None, P: Tensor | None,
+    segments: Cut, *, scale: float, final: bool, keep: bool,
+) -> Walked:  # fmt: skip
+    """The forward pass. S, P: initial states, any strides. final, keep: whether final states and x are wanted."""
+    (_, T, heads, D), HKV, order = q.shape, k.shape[2], nodes.shape[-1] - 1
+    entered = []
+    if segments.split:
+        entered = [accumulate(k, y, g, segments, heads=HKV, initial=state) for y, state in ((k, S), (v, P))]
+    enter = entered or [S, P]
+    new = lambda: torch.empty(segments.sequences, HKV, D, D, device=q.device)  # noqa: E731
+    done = Walked(
+        torch.empty(*v.shape[:2], heads, D, dtype=v.dtype, device=v.device),
+        torch.empty(*q.shape, dtype=q.dtype, device=q.device) if keep else None,
+        [new(), new()] if final else [], entered,
+    )  # fmt: skip
+    S_leave, P_leave = done.finals or (None, None)
+    launch(
+        walk_readings, segments.slots * heads,
+        q, k, v, g, ridge, nodes, *enter, done.x, done.o, S_leave, P_leave, segments.table,
+        float(scale), T, segments.segment, segments.per_sequence, heads, heads // HKV,
+        1 if g is None else HKV // g.shape[2],
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ridge.stride(), *nodes.stride(),
+        *(n for y in enter for n in ((0, 0, 0, 0) if y is None else y.stride())),
+        ORDER=order, D=D, C=64, GATED=g is not None, SPLIT=segments.split, WARPS_N=WARPS[D] // 4, warps=WARPS[D],
+    )  # fmt: skip
+    return done
