@@ -61,7 +61,7 @@ def launch(
     if programs == 0:
         return
     if kernel.arg_names[-1] == "PDL":
-        constants["PDL"] = pdl
+        constants["PDL"] = pdl and not INTERPRETED
     if INTERPRETED:
         kernel[(programs,)](*args, **constants)
         return
