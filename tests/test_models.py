@@ -383,6 +383,8 @@ BAD = [
     ({"layer_types": "linear_attention"}, ValueError, "layer_types"),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, ValueError, "rope_parameters"),
     ({"rope_parameters": {"rope_type": "default", "rope_theta": -1.0}, "use_rope": True}, ValueError, "rope_theta"),
+    ({"rope_parameters": 3}, ValueError, "rope_parameters must be"),
+    ({"layer_types": 3}, ValueError, "layer_types must be"),
     ({"head_dim": 5}, ValueError, "head_dim must be even"),
     ({"head_dim": 5, "layer_types": ["full_attention"] * 2}, ValueError, "head_dim"),
     ({"op": "gla"}, ValueError, "op must"),

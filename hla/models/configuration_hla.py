@@ -28,6 +28,7 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
+ROPE = '{"rope_type": "default", "rope_theta": number}'
 CONFIG_VERSION = 2
 # Version 1 saved no version, and left out the fields that had these values.
 VERSION_1 = {
@@ -126,6 +127,11 @@ class HLAConfig(PreTrainedConfig):
             self.write_gate = self.op == "hla_q"
         if self.layer_types is None:
             self.layer_types = ["linear_attention"] * self.num_hidden_layers
+        # (Before transformers iterates over them.)
+        if not isinstance(self.layer_types, list | tuple) or any(kind not in LAYER_TYPES for kind in self.layer_types):
+            raise ValueError(f"layer_types must be a list of {LAYER_TYPES}, got {self.layer_types!r}")
+        if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
+            raise ValueError(f"rope_parameters must be {ROPE}, got {self.rope_parameters!r}")
         super().__post_init__(**kwargs)
         self._check()
 
@@ -192,15 +198,13 @@ class HLAConfig(PreTrainedConfig):
                 if not 0 <= token < self.vocab_size:
                     raise ValueError(f"{name} must be from 0 to vocab_size - 1 ({self.vocab_size - 1}), got {token}")
 
-        if not isinstance(self.layer_types, list | tuple) or any(kind not in LAYER_TYPES for kind in self.layer_types):
-            raise ValueError(f"layer_types must be a list of {LAYER_TYPES}, got {self.layer_types!r}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries for num_hidden_layers = {self.num_hidden_layers}"
             )
         rope = self.rope_parameters
-        if not isinstance(rope, dict) or rope.get("rope_type") != "default" or set(rope) != {"rope_type", "rope_theta"}:
-            raise ValueError(f'rope_parameters must be {{"rope_type": "default", "rope_theta": number}}, got {rope!r}')
+        if rope.get("rope_type") != "default" or set(rope) != {"rope_type", "rope_theta"}:
+            raise ValueError(f"rope_parameters must be {ROPE}, got {rope!r}")
         # Softmax layers need a valid base and an even head_dim even where the HLA layers use no RoPE.
         theta = rope["rope_theta"] if "full_attention" in self.layer_types or self.use_rope else None
         check_arguments(**{**self.mixer_arguments(), "rope_theta": theta}, scale=None, bias=False)
