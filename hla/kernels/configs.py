@@ -94,7 +94,8 @@ def has_gluon(capability: tuple[int, int]) -> bool:
     import triton
 
     version = tuple(int(x) for x in triton.__version__.split(".")[:2])
-    return capability == (9, 0) and not triton.knobs.runtime.interpret and (3, 6) <= version <= (3, 9)
+    fits = capability == (9, 0) and torch.version.hip is None and (3, 6) <= version <= (3, 9)
+    return fits and not triton.knobs.runtime.interpret
 
 
 def overlaps(device: torch.device) -> bool:

@@ -10,6 +10,9 @@ a kernel starts before the one ahead of it has ended, asks for what that one doe
 (`wait`). As each lets the next one start only behind its own wait, there are never more than two at a time: when a
 kernel starts, all launches before the previous one are complete, and what they wrote may be read ahead of the wait.
 Every kernel writes behind its wait, when nothing before it still reads.
+
+The exception is a kernel that shares nothing with the one ahead of it but what both read (`pairs.walk_states`, LATE).
+It runs beside that one from the start and waits before it ends; what follows it is launched without overlap.
 """
 
 from __future__ import annotations
@@ -55,7 +58,8 @@ def launch(
     Args:
         args: all arguments that are not ``tl.constexpr``, in order: pointers (tensors or None), then ints and floats.
         registers: of a thread at most.
-        pdl: the kernel overlaps with the one before it. Its last parameter is ``PDL: tl.constexpr``, which is passed.
+        pdl: the kernel overlaps with the one before it. Its last parameter is ``PDL: tl.constexpr``, which is passed
+            (False in the interpreter).
         constants: those that are, in the order of the kernel's signature.
     """
     if programs == 0:

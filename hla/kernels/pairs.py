@@ -55,7 +55,7 @@ def walk_states(
     """BV columns of the state ``sum a_t b_t^T`` that enters each chunk of a segment to STATES, and with TRACES (a is b)
     their part of its trace. Walked from the first token, or in reverse from the last. The last state goes to LEAVE.
 
-    LATE: neither reads nor overwrites anything of the kernel before it, and so waits for that one only in the end.
+    LATE: neither reads nor overwrites anything of the kernel before it, and waits for that one only in the end.
     """
     if LATE:
         if PDL:
@@ -145,7 +145,8 @@ def entering(
         initial: ``[N, H, K, V]``, what enters the sequences (in reverse from behind), any strides.
         dtype: of the states in memory. traces: of the states, where a is b.
         entered: what enters the segments of a split, from an earlier call.
-        late: the launch before this call was of another state, and may still run.
+        late: the launch before this call was that of another state, and may still run (but for a split, of which this
+            call launches more).
     """
     (T, _, K), V, (kind, precision) = a.shape[1:], b.shape[3], operand(a, b)
     columns = min(COLUMNS, block(V))
@@ -167,7 +168,8 @@ def entering(
             heads, heads // a.shape[2], heads // b.shape[2], 1 if g is None else heads // g.shape[2],
             *a.stride()[:3], *b.stride()[:3], *((0, 0, 0, 0) if first is None else first.stride()),
             DA=K, DB=V, C=chunks.segment, BA=block(K), BV=columns, GATED=g is not None, REVERSE=reverse,
-            SPLIT=segments.split, OPERAND=kind, PRECISION=precision, LATE=late, warps=4, stages=stages,
+            SPLIT=segments.split, OPERAND=kind, PRECISION=precision, LATE=late and not segments.split, warps=4,
+            stages=stages,
             pdl=overlaps(a.device),
         )  # fmt: skip
     elif found.final is not None:

@@ -39,9 +39,7 @@ from hla.ops.state import HLAQState, State
 
 LARGEST = 128
 SCAN_BLOCK = 1024  # numbers of a moment that one program carries
-# By head size, programs of the forward walk that a multiprocessor has room for, and which share of that room must be in
-# use on average for the walk to be ahead of three launches (which it is by 1.7 and 1.08 times when all of it is).
-ROOM = {64: (2, 0.6), 128: (1, 0.93)}
+WALKED = 64  # head size for which there is a forward pass in one walk
 
 
 def fits_hopper(size: int, order: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
@@ -107,8 +105,7 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: boo
     scale, final = _decode(plan)
     order = nodes.shape[-1] - 1
     s = _Sizes(q, k, cu_seqlens, order)
-    walks = s.hopper and v.shape[3] == s.K and q.numel() > 0 and _copies(q, k, v)
-    if walks and (is_batch_invariant() or fills(s.segments.slots * s.HQ, s.K, device_config(q.device)[1])):
+    if s.hopper and s.K == v.shape[3] == WALKED and q.numel() and _copies(q, k, v):
         from hla.kernels.query_side_walk import walk_through
 
         o, x, finals, entered = walk_through(
@@ -125,13 +122,6 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: boo
     if keep and cu_seqlens is None and not is_batch_invariant():  # (of packed sequences they can be many)
         kept += entered
     return [o, *finals], kept
-
-
-def fills(programs: int, size: int, multiprocessors: int) -> bool:
-    """Whether so many programs leave little room on the card idle, until the last one ends."""
-    room, least = ROOM[size]
-    waves = -(-programs // (room * multiprocessors))
-    return programs >= least * waves * room * multiprocessors
 
 
 def _copies(*tensors: Tensor) -> bool:

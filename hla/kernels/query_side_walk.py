@@ -1,13 +1,13 @@
 # mypy: ignore-errors
-"""The forward pass of `hla_q` for Hopper GPUs, in Gluon: one walk with S and P in registers.
+"""The forward pass of `hla_q` for Hopper GPUs and heads of 64, in Gluon: one walk with S and P in registers.
 
 Per chunk all readings of S, as in `query_side_kernels.solve`, then that of P, as in `linear_attn.walk`. What moves is
-q, k, v and o, and x where a backward pass will want it. Roundings are those of the three launches, but for x_0, which
-has none.
+q, k, v and o, and x where a backward pass will want it. There are as many roundings as in the three launches it takes
+the place of, but for x_0, which has none.
 
 The readings of a chunk wait for each other, so what can be is under way before: tiles and numbers of the next chunk,
-and the products that move S and P to the end of this one. With one group of four warps (heads of 64) left operands stay
-in registers, and no warp waits for another during the readings.
+and the products that move S and P to the end of this one. Left operands stay in registers, so that no warp waits for
+another during the readings.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hla.kernels.query_side_hopper import _add, _barrier, _ready, _wide
 from hla.kernels.query_side_kernels import PER_TOKEN
 from hla.kernels.segments import Cut
 
-WARPS = {64: 4, 128: 8}  # in groups of four that share the columns of a tile
+SIZE = 64  # of heads and chunks
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # (it was renamed)
 
 
@@ -65,13 +65,9 @@ def _numbers(
 
 
 @gluon.jit
-def _operand(x, x_s, L: gl.constexpr, WARPS_N: gl.constexpr):
-    """The left operand of a product: registers of one group of warps hold whole rows, those of two do not."""
-    if WARPS_N == 1:
-        return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, L, 2))
-    else:
-        x_s.store(x.to(gl.bfloat16))
-        return x_s
+def _operand(x, L: gl.constexpr):
+    """The left operand of a product, from an accumulator: of the same thread."""
+    return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, L, 2))
 
 
 @gluon.jit(
@@ -86,24 +82,19 @@ def walk_readings(
     q_b, q_t, q_h, k_b, k_t, k_h, v_b, v_t, v_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
     s_n, s_h, s_k, s_v, p_n, p_h, p_k, p_v,
     ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, GATED: gl.constexpr, SPLIT: gl.constexpr,
-    WARPS_N: gl.constexpr,
 ):  # fmt: skip
     """One segment and one head of q: o to OUT, ``x_ORDER`` to X. Pointers that are None switch their part off.
 
     The first head of a group writes what leaves the sequence to S_LEAVE and P_LEAVE.
     """
-    # Layouts: accumulators [C, D], [C, C] and [D, D]; B, whole rows in global memory; R and RC, numbers of rows.
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])
-    LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, C // WARPS_N, 16])
-    LN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4 * WARPS_N, 1], [16, D, 16])
-    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4 * WARPS_N, 1], [1, 0])
+    gl.static_assert(D == C)
+    # Layouts: accumulators; B, whole rows in global memory; R and CC, numbers of rows and columns.
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     R: gl.constexpr = gl.SliceLayout(1, L)
-    RC: gl.constexpr = gl.SliceLayout(1, LC)
-    CC: gl.constexpr = gl.SliceLayout(0, LC)
-    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [4 * WARPS_N], [0])  # every warp has all tokens
+    CC: gl.constexpr = gl.SliceLayout(0, L)
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # every warp has all tokens
     SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
-    SHC: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
-    SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
     h = gl.program_id(0) % heads
     slot = gl.program_id(0) // heads
     if SLOTS is None:
@@ -123,20 +114,16 @@ def walk_readings(
     q_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], SH)
     k_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], SH)
     v_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], SH)
-    states_s = gl.allocate_shared_memory(gl.bfloat16, [2, D, D], SHD)
-    tiles_s = gl.allocate_shared_memory(gl.bfloat16, [2 if WARPS_N == 1 else 3, C, D], SH)
-    if WARPS_N == 1:
-        scores_s = tiles_s  # (operands stay in registers)
-    else:
-        scores_s = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], SHC)
+    states_s = gl.allocate_shared_memory(gl.bfloat16, [2, D, D], SH)
+    tiles_s = gl.allocate_shared_memory(gl.bfloat16, [2, C, D], SH)
     # Numbers per token, from the threads that have them to those that want them.
     c_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     squares_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
-    nr = gl.arange(0, D, gl.SliceLayout(1, LN))[:, None]
-    nc = gl.arange(0, D, gl.SliceLayout(0, LN))[None, :]
-    S = gl.zeros([D, D], gl.float32, LN)
-    P = gl.zeros([D, D], gl.float32, LN)
+    nr = gl.arange(0, D, R)[:, None]
+    nc = gl.arange(0, D, CC)[None, :]
+    S = gl.zeros([D, D], gl.float32, L)
+    P = gl.zeros([D, D], gl.float32, L)
     entering = (slot if SPLIT else sequence).to(gl.int64)
     if S_ENTER is not None:
         S = gl.load(S_ENTER + entering * s_n + hk * s_h + nr * s_k + nc * s_v).to(gl.float32)
@@ -153,7 +140,7 @@ def walk_readings(
     if GATED:
         G += batch * length * g_t + hk // gg
     zeros = gl.zeros([C, D], gl.float32, L)
-    zeros_c = gl.zeros([C, C], gl.float32, LC)
+    zeros_c = gl.zeros([C, C], gl.float32, L)
     _ask(Q, K, V, q_s.index(0), k_s.index(0), v_s.index(0), start, stop, 0, q_t, k_t, v_t, B, C, D)
     g, ridge, nodes = _numbers(G, RIDGE, NODES, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C, R, SCAN)
     chunks = (stop - start + C - 1) // C
@@ -163,11 +150,7 @@ def walk_readings(
         z = gl.inline_asm_elementwise("and.b32 $0, $1, 0x40000000;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
         S_s, P_s = states_s.index(z), states_s.index(z + 1)
         w_s = tiles_s.index(z)  # keys with what they weigh at the end of the chunk
-        o_s = tiles_s.index(z + 1)
-        if WARPS_N == 1:
-            r_s, by_s = o_s, o_s
-        else:
-            r_s, by_s = tiles_s.index(z + 2), scores_s.index(z)
+        x_s = tiles_s.index(z + 1)
         first = start + i * C
         here = i % 2
         q_i, k_i, v_i = q_s.index(here), k_s.index(here), v_s.index(here)
@@ -194,11 +177,11 @@ def walk_readings(
             whole = gl.exp2(total)
             c_s.store(c)
         _barrier()
-        rc = (gl.arange(0, C, RC) + z)[:, None]
+        rc = (gl.arange(0, C, R) + z)[:, None]
         cc = gl.arange(0, C, CC)[None, :]
         squares = squares_s.load(SCAN)
         if GATED:
-            minus_E = gl.where(rc >= cc, -gl.exp2(c_s.load(RC)[:, None] - c_s.load(CC)[None, :]), 0.0)
+            minus_E = gl.where(rc >= cc, -gl.exp2(c_s.load(R)[:, None] - c_s.load(CC)[None, :]), 0.0)
             c_r = c_s.load(R)
             read = gl.exp2(c_r)
             w_s.store((k * gl.exp2(total - c_r)[:, None]).to(gl.bfloat16))
@@ -209,7 +192,7 @@ def walk_readings(
             read = gl.full([C], 1.0, gl.float32, R)
             w_s.store(k.to(gl.bfloat16))
         traces = gl.sum(minus_E * squares_s.load(CC)[None, :], 1)
-        traces = read * trace - gl.convert_layout(traces, R)
+        traces = read * trace - traces
         trace = trace * whole + gl.sum(squares, 0)
 
         # y_n = theta_n x_n = (theta_n - ridge) x_{n-1} + q - S x_{n-1}. The first reading is of q itself, unrounded:
@@ -218,7 +201,7 @@ def walk_readings(
         more = nodes[1] * traces
         y = _wide(q_i.load(L)) * (1.0 + by * more)[:, None]
         raw, acc = warpgroup_mma_wait(0, (raw, acc))
-        scores = _operand(raw * (minus_E * gl.convert_layout(by, RC)[:, None]), by_s, LC, WARPS_N)
+        scores = _operand(raw * (minus_E * by[:, None]), L)
         y += acc * (by * -read)[:, None]
         _ready()
         y = warpgroup_mma(scores, k_i, y, is_async=True)
@@ -231,14 +214,10 @@ def walk_readings(
         y, S, P = warpgroup_mma_wait(0, (y, S, P))
         for n in gl.static_range(2, ORDER + 2):
             x = y * by[:, None]
-            if WARPS_N > 1:
-                _barrier()
-            elif n == ORDER + 1 and X is not None:
-                o_s.store(x.to(gl.bfloat16))
-            left = _operand(x, o_s, L, WARPS_N)
-            left_r = _operand(x * -read[:, None], r_s, L, WARPS_N)
-            if WARPS_N > 1:
-                _ready()
+            if n == ORDER + 1 and X is not None:
+                x_s.store(x.to(gl.bfloat16))
+            left = _operand(x, L)
+            left_r = _operand(x * -read[:, None], L)
             raw = warpgroup_mma(left, kt, zeros_c, use_acc=False, is_async=True)
             if n <= ORDER:
                 more = nodes[n] * traces
@@ -248,9 +227,7 @@ def walk_readings(
             else:
                 y = warpgroup_mma(left_r, P_s, zeros, use_acc=False, is_async=True)
             raw = warpgroup_mma_wait(1, (raw,))
-            scores = _operand(raw * minus_E, by_s, LC, WARPS_N)
-            if WARPS_N > 1:
-                _ready()
+            scores = _operand(raw * minus_E, L)
             y = warpgroup_mma(scores, k_i if n <= ORDER else v_i, y, is_async=True)
             y = warpgroup_mma_wait(0, (y,))
 
@@ -260,13 +237,12 @@ def walk_readings(
         blive = first + br < stop
         own = ((batch * length + first) * heads + h) * D
         at_b = br * (heads * D) + bd
-        if WARPS_N == 1:
-            _barrier()  # (nobody reads keys there any more)
+        _barrier()  # (nobody reads keys there any more)
         w_s.store((y * -scale).to(gl.bfloat16))
         _barrier()
         gl.store(OUT + own + at_b, w_s.load(B), mask=blive)
         if X is not None:
-            gl.store(X + own + at_b, o_s.load(B), mask=blive)
+            gl.store(X + own + at_b, x_s.load(B), mask=blive)
         g, ridge, nodes = _numbers(G, RIDGE, NODES, first + C, stop, z, r_t, n_t, n_n, g_t, ORDER, C, R, SCAN)
     async_copy.wait_group(0)
     if S_LEAVE is not None:
@@ -314,6 +290,6 @@ def walk_through(
         1 if g is None else HKV // g.shape[2],
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *ridge.stride(), *nodes.stride(),
         *(n for y in enter for n in ((0, 0, 0, 0) if y is None else y.stride())),
-        ORDER=order, D=D, C=64, GATED=g is not None, SPLIT=segments.split, WARPS_N=WARPS[D] // 4, warps=WARPS[D],
+        ORDER=order, D=D, C=SIZE, GATED=g is not None, SPLIT=segments.split, warps=4,
     )  # fmt: skip
     return done

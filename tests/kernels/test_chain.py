@@ -377,11 +377,3 @@ def test_heads_may_lie_more_than_two_billion_numbers_apart(name):
             found.append([o, *torch.autograd.grad(o.float().square().sum(), leaves)])
         for x, y in zip(*found, strict=True):
             assert torch.equal(x, y)
-
-
-def test_one_walk_for_hla_q_where_it_fills_the_card():
-    fills = query_side.fills
-    assert fills(128, 128, 132) and fills(264, 128, 132) and fills(256, 64, 132) and fills(400, 64, 132)
-    assert not fills(16, 128, 132)
-    assert not fills(140, 128, 132)  # eight programs would have the card for themselves, as long as all before them
-    assert not fills(290, 64, 132)

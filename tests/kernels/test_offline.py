@@ -71,7 +71,7 @@ BLOCK_MAY_SPILL = {
 # (capability, "readings", K = V, dtype): the kernels of hla_q of order 4, forward and backward: likewise.
 READINGS_MAY_SPILL = {
     (90, "readings", 128, "bfloat16"): 1000,  # (Triton 3.6 needs 416, 3.9 needs 772)
-    (90, "readings", 64, "bfloat16"): 700,  # (416; 3.9 needs 568)
+    (90, "readings", 64, "bfloat16"): 700,  # (336; walk_readings 76)
     (90, "readings", 96, "bfloat16"): 1000,  # (not by the kernel for Hopper)
     (90, "readings", 128, "float32"): 3200,
     (90, "readings", 64, "float16"): 16,  # (not by the kernel for Hopper)
@@ -191,9 +191,18 @@ def launches_of_readings(capability: int, _: str, D: int, dtype: str) -> list:
     """The launches of the kernels that only hla_q has, those of a split among them."""
     pretend(capability)
     launches = record_operator("hla_q", 1, 1024, 1, D, D, dtype, per_token=("ridge",))
+    whole = record_operator("hla_q", 2, 64, 1, D, D, dtype, per_token=("ridge",))
+    # A walk that waits for nobody may only follow one that does, and read nothing that a launch in between writes.
+    assert not any(x.arguments.get("LATE") for x in launches)
+    late = [i for i, x in enumerate(whole) if x.arguments.get("LATE")]
+    assert len(late) == (dtype == "bfloat16")
+    for i in late:
+        assert whole[i - 1].kernel is whole[i].kernel and not whole[i - 1].arguments["LATE"]
     modules = ("hla.kernels.query_side", "hla.kernels.pairs")
     own = [x for x in launches if x.kernel.__module__.startswith(modules)]
-    assert any(x.kernel.is_gluon() for x in own) == ((capability, dtype) == (90, "bfloat16") and D in (64, 128))
+    gluon = {x.kernel.__name__ for x in own if x.kernel.is_gluon()}
+    by_size = {64: {"walk_readings", "pair_gradients_hopper", "adjoint"}, 128: {"adjoint"}}
+    assert gluon == (by_size.get(D, set()) if (capability, dtype) == (90, "bfloat16") else set())
     kinds = {(x.kernel.__name__, x.arguments.get("LEAVE") is None, x.arguments.get("REVERSE")): x for x in own}
     return list(kinds.values())
 
