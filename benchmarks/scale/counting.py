@@ -180,21 +180,20 @@ def count_memory(sp: dist.ProcessGroup) -> Iterator[Check]:
 
     per_token = (kept(30, None) - kept(20, None)) / (10 * ROWS)
     yield "activations of a block per token", formulas.activation_bytes(TINY), per_token
+    folded = _fold_kept(sp)
     if dist.get_rank(sp) == size - 1:
-        chain = _fold_kept(sp)
-        yield "states of the fold on the last rank", formulas.fold_bytes(TINY, size, ROWS), chain
+        yield "summaries and the fold on the last rank", formulas.fold_bytes(TINY, size, ROWS), folded
 
 
 def _fold_kept(sp: dist.ProcessGroup) -> int:
     """Bytes that folding the summaries of the ranks before keeps."""
-    from hla.distributed.packing import fold
-    from hla.ops.segments import HLAQSegment, advance
+    from hla.distributed.exchange import Exchange
+    from hla.distributed.packing import fold_sums
     from hla.ops.state import HLAQState
 
-    size, rank = dist.get_world_size(sp), dist.get_rank(sp)
     HKV, K, V = TINY.num_key_value_heads, TINY.head_dim, TINY.head_v_dim
     new = lambda *shape: torch.randn(ROWS, HKV, *shape, requires_grad=True)  # noqa: E731
-    segments = [HLAQSegment(new(), new(K, K), new(K, V)) for _ in range(size)]
+    told = Exchange([new(), new(K, K), new(K, V)], sp).wait_stacked()
     storages: dict[int, Any] = {}
 
     def keep(y: Tensor) -> Tensor:
@@ -202,7 +201,7 @@ def _fold_kept(sp: dist.ProcessGroup) -> int:
         return y
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
-        state, _ = fold(HLAQState(new(K, K), new(K, V)), lambda s, j: advance(s, segments[j]), rank, None, None)
+        fold_sums(HLAQState(new(K, K), new(K, V)), told, dist.get_rank(sp), None, None, from_zero=True)
     return sum(s.nbytes() for s in storages.values())
 
 

@@ -154,16 +154,15 @@ def memory(
 def summary_memory(config: HLAConfig, sp: int, rows: int, checkpointing: bool) -> float:
     """Bytes of summaries on the last rank.
 
-    Each layer keeps a state per earlier rank for its backward pass; two messages of all ranks are on their way.
+    Each layer keeps what all ranks told it for its backward pass; two messages of all ranks are on their way.
     """
     layers = 1 if checkpointing else config.num_hidden_layers
     return layers * fold_bytes(config, sp, rows) + 2 * sp * rows * summary_bytes(config)
 
 
 def fold_bytes(config: HLAConfig, sp: int, rows: int = 1) -> int:
-    """What one layer keeps of the summaries on the last rank: S and P before each fold, and the decay of each."""
-    heads = rows * config.num_key_value_heads
-    return (sp - 1) * F32 * heads * (config.head_dim * (config.head_dim + config.head_v_dim) + 2)
+    """What one layer keeps of the summaries on the last rank: those of all ranks, and what each earlier one weighs."""
+    return rows * (sp * summary_bytes(config) + (sp - 1) * F32 * config.num_key_value_heads)
 
 
 # Bytes of communication

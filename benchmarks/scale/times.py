@@ -195,5 +195,7 @@ def summary_seconds(config: HLAConfig, rates: Rates, local: float, again: int) -
 
 
 def fold_seconds(config: HLAConfig, rates: Rates, sp: int, again: int) -> float:
-    """Of the fold on the last rank, one piece after another: eight small kernels each, five passes over a summary."""
-    return (3 + again) * (sp - 1) * (8 * SMALL_KERNEL + 5 * formulas.summary_bytes(config) / rates.copy)
+    """Of the weighted sum of all summaries on the last rank: a product and a sum, forward; backward their gradients,
+    that of the weights, and both put together with zeros where this rank's own summary and later ones are."""
+    passes, kernels = 3 * (1 + again) + 9, 12 * (1 + again) + 24
+    return kernels * SMALL_KERNEL + passes * (sp - 1) * formulas.summary_bytes(config) / rates.copy

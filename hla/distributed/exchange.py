@@ -31,12 +31,20 @@ class Exchange:
 
     def wait(self) -> list[list[Tensor]]:
         """The tensors of every rank."""
-        received = _Wait.apply(self._flight, self._landing)
-        self.received = received
         sizes = [shape.numel() for shape in self.shapes]
         return [
-            [x.view(shape) for x, shape in zip(row.split(sizes), self.shapes, strict=True)] for row in received.unbind()
+            [x.view(shape) for x, shape in zip(row.split(sizes), self.shapes, strict=True)]
+            for row in self._received().unbind()
         ]
+
+    def wait_stacked(self) -> list[Tensor]:
+        """The same, those of all ranks as one tensor ``[ranks, ...]``."""
+        parts = self._received().split([shape.numel() for shape in self.shapes], 1)
+        return [x.view(self._flight.size, *shape) for x, shape in zip(parts, self.shapes, strict=True)]
+
+    def _received(self) -> Tensor:
+        self.received = _Wait.apply(self._flight, self._landing)
+        return self.received
 
     def tied(self, x: Tensor) -> Tensor:
         """x, which now counts as computed from what was received.

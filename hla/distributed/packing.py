@@ -35,6 +35,40 @@ def fold(
     return entering, None if size is None else state
 
 
+def fold_sums(
+    initial: Any, told: Sequence[Tensor], rank: int, size: int | None, packing: Packing | None, *, from_zero: bool
+) -> tuple[Any, Any]:
+    """As `fold`, for states that decay and have something added: one weighted sum over the pieces, not one by one.
+
+    Args:
+        told: of all pieces, their log-decays ``[ranks, B, H]`` and what they add to each part of the state ``[ranks, B,
+            H, ...]``, the first ones (of which the others are None).
+        from_zero: whether initial is zeros.
+    """
+
+    def at(border: int) -> Any:
+        """The state at a border."""
+        parts = list(initial) if packing is None else packing.at(initial, border)
+        if border == 0:
+            return rebuilt(initial, parts)
+        log, moments = told[0][:border], [x[:border] for x in told[1:]]
+        if packing is not None:  # from where the sequence at the border begins
+            fresh = packing.fresh[:border].int()
+            begun = (fresh.flip(0).cumsum(0).flip(0) - fresh)[:, None, None] == 0
+            log = torch.where(begun, log, 0)
+        until = log.flip(0).cumsum(0).flip(0)
+        weight = torch.cat([until[1:], torch.zeros_like(until[:1])]).exp()
+        if packing is not None:
+            weight = torch.where(begun, weight, 0)
+        sums = [(weight[..., None, None] * x).sum(0) for x in moments]
+        if not from_zero:
+            decay = until[0].exp()[..., None, None]
+            sums = [x + decay * y for x, y in zip(sums, parts[: len(sums)], strict=True)]
+        return rebuilt(initial, sums + parts[len(sums) :])
+
+    return at(rank), None if size is None else at(size)
+
+
 def rebuilt(state: Any, parts: Sequence[Any]) -> Any:
     """A state, a NamedTuple or a tuple, of other parts."""
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)

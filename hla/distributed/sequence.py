@@ -13,11 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from hla.convolution import history_after, positions_in_packed, short_convolution
 from hla.distributed.exchange import Exchange
-from hla.distributed.packing import Packing, fold, rebuilt
+from hla.distributed.packing import Packing, fold, fold_sums, rebuilt
 from hla.ops import dispatch
 from hla.ops.checks import Call, check_backend, check_call, check_state
 from hla.ops.linear_attn import compute_dtype
-from hla.ops.segments import Segment, advance, summary_of
+from hla.ops.segments import HLAQSegment, LinearAttnSegment, Segment, advance, summary_of
 from hla.ops.state import State, pack, unpack, zeros
 
 # hla_n up to order 3 is one of these; from order 4 its segments have no summary of moderate size.
@@ -253,14 +253,16 @@ class Pending:
         compute = dispatch(call.op, "chunk", self.backend, call.q.device, compute_dtype(call.q, call.v))
         if self.exchange is None:
             return compute(replace(call, initial_state=self.initial))
-        segments: list[Segment] = [self.segment(*tensors) for tensors in self.exchange.wait()]
+        parallel = self.parallel
+        rank, size = parallel.rank, parallel.size if call.output_final_state and packing is None else None
+        told = self.exchange.wait_stacked()
         initial = self._algebra_state()
         initial = rebuilt(initial, [None if x is None else self.exchange.tied(x) for x in initial])
-        wanted = call.output_final_state and packing is None
-        parallel = self.parallel
-        state, final = fold(
-            initial, lambda s, j: advance(s, segments[j]), parallel.rank, parallel.size if wanted else None, packing
-        )
+        if self.segment in (LinearAttnSegment, HLAQSegment):
+            state, final = fold_sums(initial, told, rank, size, packing, from_zero=self.initial is None)
+        else:
+            segments: list[Segment] = [self.segment(*tensors) for tensors in zip(*told, strict=True)]
+            state, final = fold(initial, lambda s, j: advance(s, segments[j]), rank, size, packing)
         if packing is not None:
             state = rebuilt(state, packing.placed(state, initial))
         local = replace(call, initial_state=self._own_state(state))
