@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hla.kernels.launch import launch
-from hla.kernels.query_side_hopper import _add, _barrier, _own_part, _ready, _wide
+from hla.kernels.query_side_hopper import _add, _barrier, _own_part, _ready, _segment, _wide
 from hla.kernels.query_side_walk import _copy
 
 SIZE = 64  # of heads and chunks
@@ -73,16 +73,7 @@ def pair_gradients_hopper(
     SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
     slot = gl.program_id(0) // heads
     h = gl.program_id(0) - slot * heads
-    if SLOTS is None:
-        sequence = gl.program_id(0) // (per_sequence * heads)  # (does not wait for slot)
-        start = (slot - sequence * per_sequence) * C
-        stop = gl.minimum(start + C, length)
-        batch = sequence.to(gl.int64)
-    else:
-        sequence = gl.load(SLOTS + slot * 4)
-        start = gl.load(SLOTS + slot * 4 + 1)
-        stop = gl.load(SLOTS + slot * 4 + 2)
-        batch = (sequence * 0).to(gl.int64)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
     if sequence < 0:
         return
     x_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)

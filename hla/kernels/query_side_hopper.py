@@ -45,6 +45,22 @@ def _ready():
 
 
 @gluon.jit
+def _segment(SLOTS, slot, per_sequence, segment, length):
+    """(sequence, batch row, first token, behind the last token) of a slot, as in `query_side_kernels`."""
+    if SLOTS is None:
+        sequence = slot // per_sequence
+        start = (slot % per_sequence) * segment
+        stop = gl.minimum(start + segment, length)
+        batch = sequence.to(gl.int64)
+    else:
+        sequence = gl.load(SLOTS + slot * 4)
+        start = gl.load(SLOTS + slot * 4 + 1)
+        stop = gl.load(SLOTS + slot * 4 + 2)
+        batch = (sequence * 0).to(gl.int64)
+    return sequence, batch, start, stop
+
+
+@gluon.jit
 def _own_part(x, WARPS_N: gl.constexpr):
     """The sums of rows of an accumulator over the columns that a thread holds: no thread waits for another."""
     x = x.reshape([x.shape[0], WARPS_N, x.shape[1] // (8 * WARPS_N), 4, 2]).permute((0, 1, 3, 2, 4))
@@ -144,16 +160,7 @@ def adjoint(
     SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
     h = gl.program_id(0) % heads
     slot = gl.program_id(0) // heads
-    if SLOTS is None:
-        sequence = slot // per_sequence
-        start = (slot % per_sequence) * C
-        stop = gl.minimum(start + C, length)
-        batch = sequence.to(gl.int64)
-    else:
-        sequence = gl.load(SLOTS + slot * 4)
-        start = gl.load(SLOTS + slot * 4 + 1)
-        stop = gl.load(SLOTS + slot * 4 + 2)
-        batch = (sequence * 0).to(gl.int64)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
     if (sequence < 0) | (start >= stop):
         return
     hk = h // group

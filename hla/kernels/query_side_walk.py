@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from hla.kernels.launch import launch
 from hla.kernels.linear_attn import accumulate
-from hla.kernels.query_side_hopper import _add, _barrier, _ready, _wide
+from hla.kernels.query_side_hopper import _add, _barrier, _ready, _segment, _wide
 from hla.kernels.query_side_kernels import PER_TOKEN
 from hla.kernels.segments import Cut
 
@@ -97,16 +97,7 @@ def walk_readings(
     SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
     h = gl.program_id(0) % heads
     slot = gl.program_id(0) // heads
-    if SLOTS is None:
-        sequence = slot // per_sequence
-        start = (slot % per_sequence) * segment
-        stop = gl.minimum(start + segment, length)
-        batch = sequence.to(gl.int64)
-    else:
-        sequence = gl.load(SLOTS + slot * 4)
-        start = gl.load(SLOTS + slot * 4 + 1)
-        stop = gl.load(SLOTS + slot * 4 + 2)
-        batch = (sequence * 0).to(gl.int64)
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, segment, length)
     if sequence < 0:
         return
     hk = h // group
