@@ -99,6 +99,17 @@ def launch(
         _compiled[exact] = _compiled[key] = compiled
 
 
+def copies_whole(*tensors: Tensor) -> bool:
+    """Whether rows of these can be copied to shared memory as they are, 16 bytes at a time, as far as `launch` sees."""
+    return all(
+        x.dtype == torch.bfloat16
+        and x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(n % 16 == 0 for n in x.stride()[:-1])
+        for x in tensors
+    )
+
+
 def _kinds(kernel, args: tuple) -> list:
     """What the compiled code depends on, per argument."""
     specialized = _specialized.get(kernel)

@@ -169,8 +169,7 @@ def entering(
             *a.stride()[:3], *b.stride()[:3], *((0, 0, 0, 0) if first is None else first.stride()),
             DA=K, DB=V, C=chunks.segment, BA=block(K), BV=columns, GATED=g is not None, REVERSE=reverse,
             SPLIT=segments.split, OPERAND=kind, PRECISION=precision, LATE=late and not segments.split, warps=4,
-            stages=stages,
-            pdl=overlaps(a.device),
+            stages=stages, pdl=overlaps(a.device),
         )  # fmt: skip
     elif found.final is not None:
         found.final.zero_() if initial is None else found.final.copy_(initial)

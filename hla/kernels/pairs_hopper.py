@@ -18,7 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from hla.kernels.launch import launch
+from hla.kernels.launch import copies_whole, launch
 from hla.kernels.query_side_hopper import _add, _barrier, _own_part, _ready, _segment, _wide
 from hla.kernels.query_side_walk import _copy
 
@@ -27,16 +27,9 @@ REGISTERS = 168  # of a thread: three programs on a multiprocessor
 
 
 def fits(x: Tensor, k: Tensor, v: Tensor, do: Tensor, chunk: int, dx_dtype: torch.dtype) -> bool:
-    """Whether `launch_pairs` takes these, where `has_gluon`. (Copies are of 16 bytes, which `launch` has to see.)"""
-    alike = all(
-        y.dtype == torch.bfloat16
-        and y.shape[3] == SIZE
-        and y.stride(3) == 1
-        and y.data_ptr() % 16 == 0
-        and all(n % 16 == 0 for n in y.stride()[:3])
-        for y in (x, k, v, do)
-    )
-    return alike and chunk == SIZE and dx_dtype == torch.bfloat16
+    """Whether `launch_pairs` takes these, where `has_gluon`."""
+    sizes = (chunk, *(y.shape[3] for y in (x, k, v, do)))
+    return set(sizes) == {SIZE} and dx_dtype == torch.bfloat16 and copies_whole(x, k, v, do)
 
 
 @gluon.jit

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hla.kernels.configs import block, device_config, has_gluon, query_side_config
-from hla.kernels.launch import launch
+from hla.kernels.launch import copies_whole, launch
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import operand, per_head, read, sum_heads
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
@@ -105,7 +105,7 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: boo
     scale, final = _decode(plan)
     order = nodes.shape[-1] - 1
     s = _Sizes(q, k, cu_seqlens, order)
-    if s.hopper and s.K == v.shape[3] == WALKED and q.numel() and _copies(q, k, v):
+    if s.hopper and s.K == v.shape[3] == WALKED and q.numel() and copies_whole(q, k, v):
         from hla.kernels.query_side_walk import walk_through
 
         o, x, finals, entered = walk_through(
@@ -122,12 +122,6 @@ def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: boo
     if keep and cu_seqlens is None and not is_batch_invariant():  # (of packed sequences they can be many)
         kept += entered
     return [o, *finals], kept
-
-
-def _copies(*tensors: Tensor) -> bool:
-    """Whether rows can be copied to shared memory as they are, 16 bytes at a time."""
-    aligned = all(x.data_ptr() % 16 == 0 and all(n % 16 == 0 for n in x.stride()[:-1]) for x in tensors)
-    return aligned and all(x.dtype == torch.bfloat16 for x in tensors)
 
 
 def _fake(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens) -> tuple[list[Tensor], list[Tensor]]:

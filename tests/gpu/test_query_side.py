@@ -75,7 +75,7 @@ def test_one_walk_equals_three_launches(shape, option, monkeypatch):
 
     found = run()
     assert walked
-    monkeypatch.setattr(query_side, "_copies", lambda *tensors: False)
+    monkeypatch.setattr(query_side, "copies_whole", lambda *tensors: False)
     other = run()
     assert len(walked) == 2
     truth = run(torch.float64, "torch")
