@@ -24,7 +24,7 @@ class Exchange:
 
     def __init__(self, tensors: Sequence[Tensor], group: dist.ProcessGroup):
         self.shapes = [x.shape for x in tensors]
-        self._flight = _Flight(group)
+        self._flight = Flight(group)
         message = torch.cat([x.reshape(-1) for x in tensors])
         self._landing = _Start.apply(self._flight, message)
         self.received: Tensor | None = None  # [ranks, numbers]
@@ -55,7 +55,7 @@ class Exchange:
         return _Tied.apply(x, self.received)
 
 
-class _Flight:
+class Flight:
     """What is on its way: the handles of the collectives, and the tensors they read and write."""
 
     def __init__(self, group: dist.ProcessGroup):
@@ -89,7 +89,7 @@ def all_gather(*args, **kwargs) -> dist.Work | None:
 
 class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flight: _Flight, message: Tensor) -> Tensor:
+    def forward(ctx, flight: Flight, message: Tensor) -> Tensor:
         ctx.flight = flight
         return flight.gather(message.detach())
 
@@ -102,7 +102,7 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, flight: _Flight, landing: Tensor) -> Tensor:
+    def forward(ctx, flight: Flight, landing: Tensor) -> Tensor:
         ctx.flight = flight
         flight.land()
         return landing.view_as(landing)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -14,11 +14,14 @@ from torch.distributed.device_mesh import DeviceMesh
 from hla.convolution import history_after, positions_in_packed, short_convolution
 from hla.distributed.exchange import Exchange
 from hla.distributed.packing import Packing, fold, fold_sums, rebuilt
-from hla.ops import dispatch
+from hla.ops import dispatch, fused
 from hla.ops.checks import Call, check_backend, check_call, check_state
 from hla.ops.linear_attn import compute_dtype
 from hla.ops.segments import HLAQSegment, LinearAttnSegment, Segment, advance, summary_of
 from hla.ops.state import State, pack, unpack, zeros
+
+if TYPE_CHECKING:
+    from hla.distributed.readings import PendingReadings
 
 # hla_n up to order 3 is one of these; from order 4 its segments have no summary of moderate size.
 HLA_N = {1: "linear_attn", 2: "hla2", 3: "hla3"}
@@ -104,7 +107,7 @@ class SequenceParallel:
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
-    ) -> Pending:
+    ) -> Pending | PendingReadings:
         """Summarises this rank's piece and starts the all-gather, which runs until `Pending.finish` waits for it.
 
         Arguments as for the operators (`hla.hla2` and its siblings), of which ``op`` is one: tensors per token hold the
@@ -132,7 +135,22 @@ class SequenceParallel:
             raise ValueError(f"hla_n has no segment summaries, and so no sequence parallelism, of order {order}")
         if initial_state is not None:
             check_state(call, initial_state, q.shape[0] if packing is None else packing.sequences, "initial_state")
+        if self.size > 1 and packing is None and self._by_kernels(call, backend):
+            from hla.distributed.readings import PendingReadings
+
+            return PendingReadings(self, call, initial_state)
         return Pending(self, call, initial_state, packing, backend)
+
+    @staticmethod
+    def _by_kernels(call: Call, backend: str | None) -> bool:
+        """Whether the Triton kernels of hla_q take this call (see `hla.distributed.readings`)."""
+        if call.op != "hla_q":
+            return False
+        if dispatch("hla_q", "chunk", backend, call.q.device, compute_dtype(call.q, call.v)) is not fused:
+            return False
+        from hla.kernels import query_side
+
+        return query_side.supports(call)
 
     def _packing(self, cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:
         if cu_seqlens is None:

@@ -29,12 +29,14 @@ def block(size: int) -> int:
 
 
 @functools.cache
-def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capability: tuple[int, int]) -> Config:
+def walk_config(
+    key: int, value: int, dtype: str, gated: bool, exact: bool, capability: tuple[int, int], both: bool = False
+) -> Config:
     """For `linear_attn.walk`.
 
     Args:
         key, value: head sizes. dtype: "bf16", "tf32" (float16 inputs) or "float32": operands of the matrix units.
-        exact: with what rounding left over (see `linear_attn.walk`).
+        exact: with what rounding left over (see `linear_attn.walk`). both: with two queries, if that many columns fit.
     """
     key, size = block(key), max(64, block(key))
     if dtype == "tf32":
@@ -45,6 +47,8 @@ def walk_config(key: int, value: int, dtype: str, gated: bool, exact: bool, capa
         row = {64: Config(64, 32, 4, 2), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 1)}[size]
     elif capability < (9, 0):
         row = {64: Config(32, 64, 4, 3), 128: Config(32, 32, 4, 2), 256: Config(32, 32, 8, 2)}[size]
+    elif both and size == 128:
+        row = Config(32, 128, 8, 3)
     elif exact:
         row = {64: Config(64, 64, 4, 2), 128: Config(64, 64, 4, 2), 256: Config(32, 32, 8, 3)}[size]
     else:

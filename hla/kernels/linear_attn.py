@@ -18,7 +18,7 @@ inputs, tf32 for float16 ones (states leave float16's range), and three tf32 pro
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -54,16 +54,16 @@ def walk(
     x_b, x_t, x_h, e_n, e_h, e_k, e_v,
     DK: tl.constexpr, DV: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     GATE: tl.constexpr, REVERSE: tl.constexpr, STRICT: tl.constexpr, ADD: tl.constexpr, ADD_U: tl.constexpr,
-    SPLIT: tl.constexpr,
+    SPLIT: tl.constexpr, ALL: tl.constexpr,
     EXACT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One segment, one head, BV columns. Pointers that are None switch their part off at compile time.
 
     Head h of the output reads head ``h // gq`` of q, and so on. Without Q (the first launch of a split) LEAVE and TOTAL
-    get what every segment but the last accumulates; with it LEAVE gets what leaves the last one. EXACT: operands that
-    were rounded to bfloat16 are followed by what the rounding left over, for dots whose differences are summed up over
-    the whole sequence (the gradient of the decays), where rounding would add up and the sums cancel. DOT then leaves
-    out what a token reads of itself, which goes to OWN.
+    get what every segment (without ALL: but the last) accumulates; with it LEAVE gets what leaves the last one. EXACT:
+    operands that were rounded to bfloat16 are followed by what the rounding left over, for dots whose differences are
+    summed up over the whole sequence (the gradient of the decays), where rounding would add up and the sums cancel. DOT
+    then leaves out what a token reads of itself, which goes to OWN.
 
     U: a query that reads keys by their values, ``sum_j E_tj w_j (u_t . v_j) k_j``, into OUT_U or, without it, into OUT,
     too. Only where BV covers DV, and without DOT and EXACT.
@@ -87,7 +87,7 @@ def walk(
         at_end = (position & (1 if REVERSE else 2)) != 0
         if sequence < 0:
             return
-    if Q is None:
+    if Q is None and not ALL:
         if at_end:
             return
 
@@ -242,7 +242,7 @@ def operand(*tensors: Tensor) -> tuple[tl.dtype, str]:
     return wide
 
 
-def _config(tensors: list[Tensor], g: Tensor | None, exact: bool) -> tuple[tl.dtype, str, Config]:
+def _config(tensors: list[Tensor], g: Tensor | None, exact: bool, both: bool = False) -> tuple[tl.dtype, str, Config]:
     """Operands, their precision and the configuration for ``[(q,) k, v]``."""
     dtype, precision = operand(*tensors)
     name = "bf16" if dtype == tl.bfloat16 else "tf32" if precision == "tf32" else "float32"
@@ -250,7 +250,7 @@ def _config(tensors: list[Tensor], g: Tensor | None, exact: bool) -> tuple[tl.dt
     return (
         dtype,
         precision,
-        walk_config(k.shape[-1], v.shape[-1], name, g is not None, exact, device_config(k.device)[0]),
+        walk_config(k.shape[-1], v.shape[-1], name, g is not None, exact, device_config(k.device)[0], both),
     )
 
 
@@ -310,7 +310,7 @@ def read(
         second = torch.empty(B, T, heads, K, dtype=other_dtype, device=q.device)
     leave = torch.empty(shape.sequences, state_heads, K, V, dtype=torch.float32, device=q.device) if final else None
     exact = exact and x is not None
-    blocks = -(-V // _config(tensors, g, exact)[2].columns)
+    blocks = -(-V // _config(tensors, g, exact, both=u is not None)[2].columns)
     dot, own_dot = (
         torch.empty(B, T, heads, blocks, dtype=torch.float32, device=q.device) if wanted else None
         for wanted in (x is not None, x is not None and own)
@@ -326,33 +326,43 @@ def read(
 
 
 def both_at_once(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> bool:
-    """Whether `read` takes a second query: a program has all columns of the state, in half of its registers."""
-    columns = _config([q, k, v], g, False)[2].columns
-    return block(v.shape[-1]) <= columns and block(k.shape[-1]) <= 64
+    """Whether `read` takes a second query: a program has all columns of the state, in a part of its registers."""
+    config = _config([q, k, v], g, False, both=True)[2]
+    return block(v.shape[-1]) <= config.columns and block(k.shape[-1]) <= 16 * config.warps
 
 
-def accumulate(
+def sums(
     k: Tensor, v: Tensor, g: Tensor | None, shape: Cut, *, heads: int, gate: int = 1, reverse: bool = False,
-    strict: bool = False, write: Tensor | None = None, initial: Tensor | None = None, exact: bool = False,
-) -> Tensor:  # fmt: skip
-    """The states that enter the segments of a split, ``[slots, heads, K, V]`` float32."""
+    strict: bool = False, write: Tensor | None = None, exact: bool = False, last: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """What every segment adds to the state, ``[slots, heads, K, V]`` float32, and the log2 of its decay ``[slots,
+    heads]``, or None without a gate; without ``last`` not of those that a walk reaches last, which stay as they are."""
     states = torch.empty(shape.slots, heads, k.shape[-1], v.shape[-1], dtype=torch.float32, device=k.device)
     total = None if g is None else torch.empty(shape.slots, heads, dtype=torch.float32, device=k.device)
     _launch(
         None, k, v, None, g, shape, heads=heads, gate=gate, reverse=reverse, strict=strict, factor=1.0, write=write,
         ridge=0.0, residual=None, x=None, dot=None, own=None, enter=None, leave=states, total=total, add=False,
-        state_heads=heads, exact=exact,
+        state_heads=heads, exact=exact, all=last,
     )  # fmt: skip
+    return states, total
+
+
+def accumulate(
+    k: Tensor, v: Tensor, g: Tensor | None, shape: Cut, *, reverse: bool = False, initial: Tensor | None = None,
+    **options: Any,
+) -> Tensor:  # fmt: skip
+    """The states that enter the segments of a split, ``[slots, heads, K, V]`` float32. Options as for `sums`."""
+    states, total = sums(k, v, g, shape, reverse=reverse, last=False, **options)
     enter(states, total, initial, shape, reverse)
     return states
 
 
 def _launch(
     q, k, v, o, g, shape, *, heads, gate, reverse, strict, factor, write, ridge, residual, x, dot, own, enter, leave,
-    total, add, state_heads, exact, u=None, other=None, add_other=False,
+    total, add, state_heads, exact, u=None, other=None, add_other=False, all=False,
 ) -> None:  # fmt: skip
     K, V = k.shape[-1], v.shape[-1]
-    dtype, precision, config = _config([k, v] if q is None else [q, k, v], g, exact)
+    dtype, precision, config = _config([k, v] if q is None else [q, k, v], g, exact, both=u is not None)
 
     def group(y: Tensor | float | None) -> int:
         return heads // y.shape[2] if isinstance(y, Tensor) else 1
@@ -373,7 +383,7 @@ def _launch(
         *strides(x),
         *((0, 0, 0, 0) if enter is None else enter.stride()),
         DK=K, DV=V, C=config.chunk, BK=block(K), BV=config.columns, GATE=0 if g is None else gate, REVERSE=reverse,
-        STRICT=strict, ADD=add, ADD_U=add_other, SPLIT=shape.split,
+        STRICT=strict, ADD=add, ADD_U=add_other, SPLIT=shape.split, ALL=all,
         EXACT=exact and (dtype == tl.bfloat16 or INTERPRETED), OPERAND=dtype, PRECISION=precision,
         warps=config.warps, stages=config.stages,
     )  # fmt: skip

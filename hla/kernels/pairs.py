@@ -294,7 +294,7 @@ class Gradients(NamedTuple):
 def gradients(
     x: Tensor, k: Tensor, v: Tensor, do: Tensor, g: Tensor | None, segments: Cut, chunks: Cut, config: QuerySideConfig,
     *, factor: float, initial: Tensor | None, ends: Tensor | None, dx_dtype: torch.dtype, gated: bool,
-    entered: Tensor | None = None,
+    entered: Tensor | None = None, later: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
     """See above.
 
@@ -302,7 +302,8 @@ def gradients(
         x: ``[B, T, H, K]``; k: ``[B, T, Hk, K]``; v: ``[B, T, Hv, V]``; last dimension contiguous. do: ``[B, T, H,
             V]``, g: ``[B, T, Hg]``, contiguous. All numbers of heads divide H.
         initial: ``[N, Hs, K, V]``, the state before the sequences, Hs the largest of Hk, Hv, Hg. ends: ``[N, H, K,
-            V]``, the gradient of the state behind them, in units of factor. entered: of the states, see `entering`.
+            V]``, the gradient of the state behind them, in units of factor. entered, later: of the states and of their
+            gradients, what enters the segments of a split, see `entering`.
         gated: whether dg is wanted.
     """
     (B, T, heads, K), V = x.shape, v.shape[3]
@@ -312,17 +313,17 @@ def gradients(
     states = entering(
         k, v, g, segments, chunks, heads=shared, initial=initial, final=False, entered=entered, **common
     ).states  # fmt: skip
-    later = entering(
+    behind = entering(
         x, do, g, segments, chunks, heads=heads, initial=ends, final=initial is not None, reverse=True, late=True,
-        **common,
+        entered=later, **common,
     )  # fmt: skip
     new = lambda *shape, dtype: torch.empty(B, T, heads, *shape, dtype=dtype, device=x.device)  # noqa: E731
     dx, dk, dv = new(K, dtype=dx_dtype), new(K, dtype=k.dtype), new(V, dtype=v.dtype)
     dg = new(dtype=torch.float32) if gated else None
     if not x.numel():
-        return Gradients(dx, dk, dv, dg, later.final)
+        return Gradients(dx, dk, dv, dg, behind.final)
     args = (
-        x, k, v, do, g, states, later.states, dx, dk, dv, dg, chunks.table,
+        x, k, v, do, g, states, behind.states, dx, dk, dv, dg, chunks.table,
         T, chunks.per_sequence, heads, heads // k.shape[2], heads // v.shape[2],
         1 if g is None else heads // g.shape[2], heads // shared,
         *x.stride()[:3], *k.stride()[:3], *v.stride()[:3], float(factor),
@@ -332,10 +333,10 @@ def gradients(
 
         if pairs_hopper.fits(x, k, v, do, chunks.segment, dx_dtype):
             pairs_hopper.launch_pairs(chunks.slots * heads, *args)
-            return Gradients(dx, dk, dv, dg, later.final)
+            return Gradients(dx, dk, dv, dg, behind.final)
     launch(
         pair_gradients, chunks.slots * heads, *args,
         DIM_K=K, DIM_V=V, C=chunks.segment, BK=block(K), BV=block(V), GATED=g is not None, OPERAND=kind,
         PRECISION=precision, warps=config.warps, stages=1, registers=config.registers,
     )  # fmt: skip
-    return Gradients(dx, dk, dv, dg, later.final)
+    return Gradients(dx, dk, dv, dg, behind.final)

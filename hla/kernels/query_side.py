@@ -21,6 +21,8 @@ Head sizes up to 128; larger ones go stage by stage through `chain`.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,10 +32,10 @@ from torch import Tensor
 from hla.kernels.configs import block, device_config, has_gluon, query_side_config
 from hla.kernels.launch import copies_whole, launch
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import operand, per_head, read, sum_heads
+from hla.kernels.linear_attn import operand, per_head, read, sum_heads, sums
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
 from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
-from hla.kernels.segments import cut, cut_every, enter, is_batch_invariant, sum_later
+from hla.kernels.segments import cut, cut_every, enter, is_batch_invariant, sum_later, total_of
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
@@ -47,10 +49,11 @@ def fits_hopper(size: int, order: int, dtype: torch.dtype, capability: tuple[int
     return dtype == torch.bfloat16 and size in (64, 128) and order <= 4 and has_gluon(capability)
 
 
-class _Sizes:
+class Sizes:
     """Shapes, cuts and configuration of one call."""
 
     def __init__(self, q: Tensor, k: Tensor, cu_seqlens: Tensor | None, order: int):
+        self.cu_seqlens = cu_seqlens
         self.B, self.T, self.HQ, self.K = q.shape
         self.HKV, self.order, self.device = k.shape[2], order, q.device
         self.operand, self.precision = operand(q, k)
@@ -67,7 +70,7 @@ class _Sizes:
 
 
 def _run_states(
-    s: _Sizes, k: Tensor, g: Tensor | None, initial: Tensor | None, final: bool, entered: Tensor | None = None
+    s: Sizes, k: Tensor, g: Tensor | None, initial: Tensor | None, final: bool, entered: Tensor | None = None
 ) -> Entering:
     """S."""
     return entering(
@@ -76,7 +79,7 @@ def _run_states(
     )  # fmt: skip
 
 
-def _common(s: _Sizes, q: Tensor, k: Tensor, g: Tensor | None, ridge: Tensor, nodes: Tensor) -> tuple[tuple, dict]:
+def _common(s: Sizes, q: Tensor, k: Tensor, g: Tensor | None, ridge: Tensor, nodes: Tensor) -> tuple[tuple, dict]:
     """Arguments that `solve` and `adjoint` share: sizes and strides; compile-time sizes."""
     sizes = (s.T, s.chunks.per_sequence, s.HQ, s.HQ // s.HKV, s.HKV // g.shape[2] if g is not None else 1)
     strides = (*q.stride()[:3], *k.stride()[:3], *ridge.stride(), *nodes.stride())
@@ -87,7 +90,7 @@ def _common(s: _Sizes, q: Tensor, k: Tensor, g: Tensor | None, ridge: Tensor, no
     return (*sizes, *strides), compile_time
 
 
-def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces) -> Tensor:
+def _run_solve(s: Sizes, q, k, g, ridge, nodes, all_states, traces) -> Tensor:
     """x after all readings ``[B, T, HQ, K]``."""
     x = s.new(s.B, s.T, s.HQ, s.K, dtype=s.dtype)
     sizes, compile_time = _common(s, q, k, g, ridge, nodes)
@@ -103,23 +106,33 @@ def _run_solve(s: _Sizes, q, k, g, ridge, nodes, all_states, traces) -> Tensor:
 def _forward(plan: str, q, k, v, g, ridge, nodes, S, P, cu_seqlens, *, keep: bool) -> tuple[list[Tensor], list[Tensor]]:
     """([o] and, if wanted, the final S and P; [x_order] and, where they were found, the S and P between segments)."""
     scale, final = _decode(plan)
-    order = nodes.shape[-1] - 1
-    s = _Sizes(q, k, cu_seqlens, order)
+    s = Sizes(q, k, cu_seqlens, nodes.shape[-1] - 1)
+    return readings(s, scale, q, k, v, g, ridge, nodes, S, P, final=final, keep=keep)
+
+
+def readings(
+    s: Sizes, scale: float, q, k, v, g, ridge, nodes, S, P, *, final: bool, keep: bool, entered: Sequence[Tensor] = ()
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `_forward`; entered: the S and P that enter the segments of a split, if they are known."""
     if s.hopper and s.K == v.shape[3] == WALKED and q.numel() and copies_whole(q, k, v):
         from hla.kernels.query_side_walk import walk_through
 
         o, x, finals, entered = walk_through(
-            q, k, v, g, ridge, nodes, S, P, s.segments, scale=scale, final=final, keep=keep
+            q, k, v, g, ridge, nodes, S, P, s.segments, scale=scale, final=final, keep=keep, entered=entered
         )  # fmt: skip
     else:
-        all_states, traces, S_final, S_entered = _run_states(s, k, g, S, final)
+        S_entered, P_entered = entered or (None, None)
+        all_states, traces, S_final, S_entered = _run_states(s, k, g, S, final, S_entered)
         x = _run_solve(s, q, k, g, ridge, nodes, all_states, traces)
         del all_states
-        done = read(x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, final=final, out_dtype=v.dtype)
+        done = read(
+            x, k, v, g, s.segments, heads=s.HQ, factor=scale, initial=P, entered=P_entered, final=final,
+            out_dtype=v.dtype,
+        )  # fmt: skip
         o, finals = done.o, [y for y in (S_final, done.final) if y is not None]
         entered = [y for y in (S_entered, done.entered) if y is not None]
     kept = [x] if keep and x is not None else []
-    if keep and cu_seqlens is None and not is_batch_invariant():  # (of packed sequences they can be many)
+    if keep and s.segments.table is None and not is_batch_invariant():  # (of packed sequences they can be many)
         kept += entered
     return [o, *finals], kept
 
@@ -137,24 +150,65 @@ def _decode(plan: str) -> tuple[float, bool]:
     return float(scale), final == "1"
 
 
+class Behind(NamedTuple):
+    """The gradients of the S and P behind the sequences, ``[N, HKV, K, K or V]``, or None.
+
+    Those of a piece of a longer sequence are asked for: tell_S and tell_P take what the piece by itself does to the
+    state that enters it, in float32, and return a function that waits for the gradient of the state behind it.
+    """
+
+    S: Tensor | None = None
+    P: Tensor | None = None
+    tell_S: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    tell_P: Callable[[Tensor], Callable[[], Tensor]] | None = None
+
+
 def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     q, k, v, g, ridge, nodes, S, P, cu_seqlens = tensors
     scale, final = _decode(plan)
     finals, (x, *entered) = saved[: 2 * final], saved[2 * final :]
+    dS, dP = grads[1:3] if final else (None, None)
+    s = Sizes(q, k, cu_seqlens, nodes.shape[-1] - 1)
+    found = gradients_of(s, scale, q, k, v, g, ridge, nodes, S, P, x, entered, finals, grads[0], Behind(dS, dP), needed)
+    return [y if need else None for y, need in zip([*found, None], needed, strict=True)]
+
+
+def gradients_of(
+    s: Sizes, scale: float, q, k, v, g, ridge, nodes, S, P, x: Tensor, entered: Sequence[Tensor],
+    finals: Sequence[Tensor], do: Tensor | None, behind: Behind, needed: Sequence[bool],
+) -> list[Tensor | None]:  # fmt: skip
+    """Of q, k, v, g, ridge, nodes, S and P; those that are not needed may be None.
+
+    x, entered: what `readings` kept. finals: the S and P behind the sequences, if there are gradients of them.
+    """
     # (A pass inside `batch_invariant`, where the other one was not, cuts the sequences elsewhere.)
     S_entered, P_entered = (None, None) if not entered or is_batch_invariant() else entered
-    do = grads[0]
-    dS, dP = grads[1:3] if final else (None, None)
     if do is None:
         do = torch.zeros(*q.shape[:3], v.shape[3], dtype=v.dtype, device=v.device)
-    group = q.shape[2] // k.shape[2]
-    s = _Sizes(q, k, cu_seqlens, nodes.shape[-1] - 1)
-    gated = needed[3]
-    read_P = _in_pairs if fits(s.K, v.shape[3], q.dtype) else _in_walks
-    at_P = read_P(s, x, k, v, do.contiguous(), g, P, P_entered, dP, scale, gated)
-    readings = _in_one_kernel if s.hopper else _in_three_kernels
-    dq, out, dridge, dnodes, dc, dS_initial = readings(
-        s, q, k, g, ridge, nodes, S, S_entered, dS, at_P.dx, at_P.dk, gated, needed[6]
+    do = do.contiguous()
+    group = s.HQ // s.HKV
+    gated, in_pairs = needed[3], fits(s.K, v.shape[3], q.dtype)
+    dP, later, wait = behind.P, None, None
+    if behind.tell_P is not None:
+        later, totals = sums(
+            x, do, g, s.segments, heads=s.HQ, reverse=True, exact=gated and not in_pairs
+        )  # fmt: skip
+        own = total_of(later, totals, s.segments, reverse=True)[0] * scale
+        wait = behind.tell_P(own.unflatten(1, (s.HKV, group)).sum(2))
+    states: Callable[[], Entering] = functools.partial(_run_states, s, k, g, S, False, S_entered)
+    if wait is not None:
+        states = [states()].pop  # while the answer is on its way; who takes them has the only reference
+        dP = wait()
+    ends = None if dP is None else per_head(dP, group) / scale
+    if later is not None and s.segments.split:
+        enter(later, totals, ends, s.segments, reverse=True)
+    else:
+        later = None
+    read_P = _in_pairs if in_pairs else _in_walks
+    at_P = read_P(s, x, k, v, do, g, P, P_entered, ends, later, scale, gated)
+    by_readings = _in_one_kernel if s.hopper else _in_three_kernels
+    dq, out, dridge, dnodes, dc, dS, dS_initial = by_readings(
+        s, q, k, g, ridge, nodes, states, behind, at_P.dx, at_P.dk, gated, needed[6]
     )
     dk, dv = sum_heads(out, s.HKV), sum_heads(at_P.dv, s.HKV)
     dg = None
@@ -168,7 +222,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
         if total is not None:
             total = sum_heads(total[:, None], g.shape[2])[:, 0]
         dc = dc if at_P.dc is None else dc + at_P.dc
-        dg = sum_later(sum_heads(dc, g.shape[2]), total, cu_seqlens)
+        dg = sum_later(sum_heads(dc, g.shape[2]), total, s.cu_seqlens)
         if at_P.dg is not None:
             dg += sum_heads(at_P.dg, g.shape[2])
     dP_initial = None
@@ -177,8 +231,7 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
         dP_initial = (at_P.dP * scale).unflatten(1, (s.HKV, group)).sum(2).to(P.dtype)
     if dS_initial is not None:
         dS_initial = dS_initial.unflatten(1, (s.HKV, group)).sum(2).to(S.dtype)
-    found = [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial, None]
-    return [x if need else None for x, need in zip(found, needed, strict=True)]
+    return [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial]
 
 
 class _AtP(NamedTuple):
@@ -193,21 +246,22 @@ class _AtP(NamedTuple):
     dc: Tensor | None
 
 
-def _in_pairs(s: _Sizes, x, k, v, do, g, P, entered, dP, scale, gated) -> _AtP:
+def _in_pairs(s: Sizes, x, k, v, do, g, P, entered, ends, later, scale, gated) -> _AtP:
     """Chunk by chunk, from the states between them."""
-    ends = None if dP is None else per_head(dP, s.HQ // s.HKV) / scale
     found = gradients(
         x, k, v, do, g, s.segments, s.chunks, s.config, factor=scale, initial=P, ends=ends, entered=entered,
-        dx_dtype=s.dtype, gated=gated,
+        later=later, dx_dtype=s.dtype, gated=gated,
     )  # fmt: skip
     return _AtP(found.dx, found.dk, found.dv, found.dinitial, found.dg, None)
 
 
-def _in_walks(s: _Sizes, x, k, v, do, g, P, entered, dP, scale, gated) -> _AtP:
+def _in_walks(s: Sizes, x, k, v, do, g, P, entered, ends, later, scale, gated) -> _AtP:
     """By three walks, for operands that are wide or large."""
-    ends = None if dP is None else per_head(dP, s.HQ // s.HKV) / scale
     common = dict(heads=s.HQ, factor=scale, exact=gated)
-    values = read(k, x, do, g, s.segments, reverse=True, initial=ends, final=P is not None, out_dtype=v.dtype, **common)
+    values = read(
+        k, x, do, g, s.segments, reverse=True, initial=ends, entered=later, final=P is not None, out_dtype=v.dtype,
+        **common,
+    )  # fmt: skip
     keys = read(
         v, do, x, g, s.segments, reverse=True, initial=None if ends is None else ends.mT, x=k if gated else None,
         entered=None if values.entered is None else values.entered.mT, out_dtype=s.dtype, **common,
@@ -220,15 +274,17 @@ def _in_walks(s: _Sizes, x, k, v, do, g, P, entered, dP, scale, gated) -> _AtP:
     return _AtP(queries.o, keys.o, values.o, values.final, None, dc)
 
 
-def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, added, gated, wants_dS):
+def _in_three_kernels(
+    s: Sizes, q, k, g, ridge, nodes, states: Callable[[], Entering], behind: Behind, dx, added, gated, wants_dS
+):
     """Gradients through the readings of S, from dx, that of ``x_order``.
 
     Returns:
-        those of q, k (per head of q, ``added`` included), ridge, nodes, what the cumulated decays have so far, and that
-        of the initial S per head of q, or None.
+        those of q, k (per head of q, ``added`` included), ridge, nodes, what the cumulated decays have so far, that
+        of the S behind the sequences, and that of the initial S per head of q, or None.
     """
     order, heads, tokens = s.order, s.HQ, s.B * s.T * s.HQ
-    all_states, traces, *_ = _run_states(s, k, g, S, False, entered)
+    all_states, traces, *_ = states()
     xs, us = (s.new(order, *q.shape, dtype=s.dtype) for _ in range(2))
     dq = s.new(*q.shape, dtype=q.dtype)
     dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
@@ -248,19 +304,21 @@ def _in_three_kernels(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, adde
             *nodes.stride(), ORDER=order, N=256,
         )  # fmt: skip
     del all_states
-    entered, m, dS_initial = _run_moments(s, g, xs, us, dtrace, dS, s.HQ // s.HKV, wants_dS)
+    entered, m, dS, dS_initial = _run_moments(s, g, xs, us, dtrace, behind, wants_dS)
     out, dot, own = _run_fold(s, k, g, xs, us, entered, m, dtrace, added, gated)
     if gated:
         dc += own - 0.5 * dot
-    return dq, out, dridge, dnodes, dc, dS_initial
+    return dq, out, dridge, dnodes, dc, dS, dS_initial
 
 
-def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, added, gated, wants_dS):
+def _in_one_kernel(
+    s: Sizes, q, k, g, ridge, nodes, states: Callable[[], Entering], behind: Behind, dx, added, gated, wants_dS
+):
     """The same by the kernel for Hopper: a chunk adds to everything at once, and a scan brings it to earlier chunks."""
     from hla.kernels.query_side_hopper import WARPS
     from hla.kernels.query_side_hopper import adjoint as adjoint_on_hopper
 
-    all_states, traces, *_ = _run_states(s, k, g, S, False, entered)
+    all_states, traces, *_ = states()
     heads, chunks = s.HQ, s.chunks
     dq, dk = s.new(*q.shape, dtype=q.dtype), s.new(*q.shape, dtype=k.dtype)
     dridge, dc = (s.new(s.B, s.T, heads) for _ in range(2))
@@ -278,37 +336,48 @@ def _in_one_kernel(s: _Sizes, q, k, g, ridge, nodes, S, entered, dS, dx, added, 
             warps=WARPS[s.K],
         )  # fmt: skip
     del all_states
-    dS = None if dS is None else per_head(dS, group)
-    dS_initial = s.new(chunks.sequences, heads, s.K, s.K) if wants_dS else None
-    m = torch.empty_like(added_m)
-    if q.numel():
+
+    def scan(entering: Tensor | None, leaving: Tensor | None, m: Tensor | None) -> None:
         launch(
             scan_later, chunks.sequences * heads * (s.K * s.K // SCAN_BLOCK),
-            moments, added_m, m, totals if g is not None else None, dS, dS_initial, chunks.table,
-            chunks.first, chunks.per_sequence,
-            heads, *((0, 0, 0, 0) if dS is None else dS.stride()), D=s.K, BLOCK=SCAN_BLOCK, AHEAD=8, warps=2,
+            moments, added_m, m, totals if g is not None else None, entering, leaving, chunks.table,
+            chunks.first, chunks.per_sequence, heads, *((0, 0, 0, 0) if entering is None else entering.stride()),
+            D=s.K, BLOCK=SCAN_BLOCK, AHEAD=8, warps=2,
         )  # fmt: skip
+
+    dS = behind.S
+    if behind.tell_S is not None:
+        own = s.new(chunks.sequences, heads, s.K, s.K).zero_()
+        if q.numel():
+            scan(None, own, None)
+        dS = behind.tell_S(own.unflatten(1, (s.HKV, group)).sum(2))()
+    ends = None if dS is None else per_head(dS, group)
+    dS_initial = s.new(chunks.sequences, heads, s.K, s.K) if wants_dS else None
+    if q.numel():
+        m = torch.empty_like(added_m)
+        scan(ends, dS_initial, m)
         launch(
             fold_later, chunks.slots * heads, k, g, moments, m, dk, dc, chunks.table,
             s.T, chunks.per_sequence, heads, group, gg, *k.stride()[:3], D=s.K, C=s.config.chunk, BK=block(s.K),
             GATED=g is not None, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.warps, stages=1,
         )  # fmt: skip
     elif dS_initial is not None:
-        dS_initial.zero_() if dS is None else dS_initial.copy_(dS)
-    return dq, dk, dridge, dnodes, dc, dS_initial
+        dS_initial.zero_() if ends is None else dS_initial.copy_(ends)
+    return dq, dk, dridge, dnodes, dc, dS, dS_initial
 
 
 _operation = Operation("query_side", _forward, _fake, _backward, lambda plan: 1, always_kept=1)
 
 
-def _run_moments(s: _Sizes, g, xs, us, dtrace, dS, group, wants_dS) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(the reversed moment that enters each chunk; m, likewise; the gradient of the initial S per head of q)."""
-    heads, shape = s.HQ, s.segments
+def _run_moments(s: Sizes, g, xs, us, dtrace, behind: Behind, wants_dS):
+    """(the reversed moment that enters each chunk; m, likewise; the gradient of the S behind the sequences; that of the
+    initial S per head of q)."""
+    heads, shape, group = s.HQ, s.segments, s.HQ // s.HKV
     entered = s.new(s.chunks.slots, heads, s.K, s.K, dtype=s.dtype)
     traces = s.new(s.chunks.slots, heads)
     dS_initial = s.new(shape.sequences, heads, s.K, s.K) if wants_dS else None
-    enter_trace = None
-    enter_state = None if dS is None else -per_head(dS, group)
+    dS, asks = behind.S, behind.tell_S is not None
+    enter_state = enter_trace = None
 
     def walked(leave, leave_trace, total) -> None:
         entering = None if leave is not None else enter_state
@@ -319,26 +388,37 @@ def _run_moments(s: _Sizes, g, xs, us, dtrace, dS, group, wants_dS) -> tuple[Ten
             s.T, shape.segment, shape.per_sequence, s.chunks.per_sequence, heads,
             heads // g.shape[2] if g is not None else 1, *((0, 0, 0, 0) if entering is None else entering.stride()),
             s.B * s.T * heads, ORDER=s.order, D=s.K, C=s.config.chunk, BK=block(s.K), BV=s.columns,
-            GATED=g is not None, SPLIT=shape.split, OPERAND=s.operand, PRECISION=s.precision, warps=4,
+            GATED=g is not None, SPLIT=shape.split, ALL=asks, OPERAND=s.operand, PRECISION=s.precision, warps=4,
             stages=s.config.moments_stages,
         )  # fmt: skip
 
+    if shape.split or asks:
+        leave, m = s.new(shape.slots, heads, s.K, s.K), s.new(shape.slots, heads)
+        total = s.new(shape.slots, heads) if g is not None else None
+        if xs.numel():
+            walked(leave, m, total)
+        else:
+            for y in (leave, m, total):
+                if y is not None:
+                    y.zero_()
+    if behind.tell_S is not None:
+        own_m, own = (total_of(y, total, shape, reverse=True)[0] for y in (m[..., None, None], leave))
+        own = own_m * torch.eye(s.K, device=s.device) - own
+        dS = behind.tell_S(own.unflatten(1, (s.HKV, group)).sum(2))()
+    enter_state = None if dS is None else -per_head(dS, group)
     if not xs.numel():
         if dS_initial is not None:
             dS_initial.zero_() if enter_state is None else dS_initial.copy_(-enter_state)
-        return entered, traces, dS_initial
+        return entered, traces, dS, dS_initial
     if shape.split:
-        leave, m = s.new(shape.slots, heads, s.K, s.K), s.new(shape.slots, heads)
-        total = s.new(shape.slots, heads) if g is not None else None
-        walked(leave, m, total)
         enter(leave, total, enter_state, shape, reverse=True)
         enter(m[..., None, None], total, None, shape, reverse=True)
         enter_state, enter_trace = leave, m
     walked(None, None, None)
-    return entered, traces, dS_initial
+    return entered, traces, dS, dS_initial
 
 
-def _run_fold(s: _Sizes, k, g, xs, us, entered, traces, dtrace, added, gated):
+def _run_fold(s: Sizes, k, g, xs, us, entered, traces, dtrace, added, gated):
     """(gradient of k per head of q; the dots of k with what S has in it, and what a token has in them by itself)."""
     heads = s.HQ
     out = s.new(s.B, s.T, heads, s.K, dtype=k.dtype)
@@ -355,23 +435,28 @@ def _run_fold(s: _Sizes, k, g, xs, us, entered, traces, dtrace, added, gated):
     return out, dot, own
 
 
-def run(call: Call) -> tuple[Tensor, State | None]:
-    """`hla_q` for head sizes up to `LARGEST`."""
+def prepared(call: Call) -> tuple[Tensor | None, ...]:
+    """(q, k, v, g, ridge, nodes) as the kernels take them."""
     c = call
     assert c.nodes is not None
     ridge = c.ridge
     if not isinstance(ridge, Tensor):
         ridge = torch.full((1, 1, 1), ridge, dtype=torch.float32, device=c.q.device).expand(c.q.shape[:3])
+    q, k, v = (y if y.stride(-1) == 1 or y.shape[-1] == 1 else y.contiguous() for y in (c.q, c.k, c.v))
+    return q, k, v, None if c.g is None else c.g.float().contiguous(), ridge, c.nodes
+
+
+def run(call: Call) -> tuple[Tensor, State | None]:
+    """`hla_q` for head sizes up to `LARGEST`."""
     S = P = None
-    if c.initial_state is not None:
-        assert isinstance(c.initial_state, HLAQState)
-        S, P = c.initial_state
+    if call.initial_state is not None:
+        assert isinstance(call.initial_state, HLAQState)
+        S, P = call.initial_state
+    final = call.output_final_state
     o, *finals = _operation(
-        f"{c.scale}|{int(c.output_final_state)}", 3 if c.output_final_state else 1,
-        *(y if y.stride(-1) == 1 or y.shape[-1] == 1 else y.contiguous() for y in (c.q, c.k, c.v)),
-        None if c.g is None else c.g.float().contiguous(), ridge, c.nodes, S, P, c.cu_seqlens,
+        f"{call.scale}|{int(final)}", 3 if final else 1, *prepared(call), S, P, call.cu_seqlens
     )  # fmt: skip
-    return o, HLAQState(*finals) if c.output_final_state else None
+    return o, HLAQState(*finals) if final else None
 
 
 def supports(call: Call) -> bool:

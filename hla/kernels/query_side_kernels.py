@@ -219,12 +219,13 @@ def moments(
     G, XS, US, DTRACE, ENTER, ENTER_TRACE, MOMENTS, TRACES, LEAVE, LEAVE_TRACE, TOTAL, DS, SLOTS, CHUNKS, FIRST,
     length, segment, per_sequence, chunks_per_sequence, heads, gg, e_n, e_h, e_k, e_v, tokens,
     ORDER: tl.constexpr, D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr, GATED: tl.constexpr,
-    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    SPLIT: tl.constexpr, ALL: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """BV columns of the reversed moment ``N = sum x_{n-1} u_n^T``, and m, walked through a segment: what enters each
     chunk from later ones goes to MOMENTS and TRACES, the gradient of the S that entered the sequence to DS.
 
-    With LEAVE (the first launch of a split) it only accumulates, in all segments but the first of a sequence.
+    With LEAVE (the first launch of a split) it only accumulates, in all segments but (without ALL) the first of a
+    sequence.
     """
     blocks: tl.constexpr = (D + BV - 1) // BV
     block = tl.program_id(0) % blocks
@@ -237,7 +238,7 @@ def moments(
         at_start = start == 0
     else:
         at_start = (tl.load(SLOTS + slot * 4 + 3) & 1) != 0
-    if LEAVE is not None:
+    if LEAVE is not None and not ALL:
         if at_start:
             return
     rows = tl.arange(0, C)
@@ -390,6 +391,7 @@ def scan_later(
     D: tl.constexpr, BLOCK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """In place: from what each chunk adds to the reversed moment to what enters it. For m: from ADDED to TRACES.
+    Without TRACES both stay as they are, and only LEAVE is written.
 
     BLOCK numbers of one head through all chunks of a sequence, read AHEAD chunks at a time. ENTER is what enters the
     last chunk, or None; LEAVE gets what the first one leaves, m on its diagonal.
@@ -419,10 +421,11 @@ def scan_later(
         for j in tl.static_range(AHEAD):
             at, rho, dm, own = added[j]  # type: ignore[var-annotated,misc]
             if i + j < count:
-                tl.store(MOMENTS + at * (D * D) + x, carry.to(MOMENTS.dtype.element_ty))
+                if TRACES is not None:
+                    tl.store(MOMENTS + at * (D * D) + x, carry.to(MOMENTS.dtype.element_ty))
+                    if block == 0:
+                        tl.store(TRACES + at, m)
                 carry = carry * rho + own.to(tl.float32)
-                if block == 0:
-                    tl.store(TRACES + at, m)
                 m = m * rho + dm
     if LEAVE is not None:
         diagonal = tl.where(x // D == x % D, m, 0.0)

@@ -12,6 +12,7 @@ another during the readings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -259,12 +260,13 @@ class Walked(NamedTuple):
 
 def walk_through(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, ridge: Tensor, nodes: Tensor, S: Tensor | None, P: Tensor | None,
-    segments: Cut, *, scale: float, final: bool, keep: bool,
+    segments: Cut, *, scale: float, final: bool, keep: bool, entered: Sequence[Tensor] = (),
 ) -> Walked:  # fmt: skip
-    """The forward pass. S, P: initial states, any strides. final, keep: whether final states and x are wanted."""
+    """The forward pass. S, P: initial states, any strides. final, keep: whether final states and x are wanted. entered:
+    the S and P that enter the segments of a split, if they are known."""
     (_, T, heads, D), HKV, order = q.shape, k.shape[2], nodes.shape[-1] - 1
-    entered = []
-    if segments.split:
+    entered = list(entered)
+    if segments.split and not entered:
         entered = [accumulate(k, y, g, segments, heads=HKV, initial=state) for y, state in ((k, S), (v, P))]
     enter = entered or [S, P]
     new = lambda: torch.empty(segments.sequences, HKV, D, D, device=q.device)  # noqa: E731

@@ -159,6 +159,21 @@ def _enter(
             carry += own
 
 
+def total_of(states: Tensor, totals: Tensor | None, shape: Cut, reverse: bool) -> tuple[Tensor, Tensor | None]:
+    """What whole sequences (of one length) add to a state, ``[sequences, H, K, V]``, and the log2 of their decays
+    ``[sequences, H]``, from what all their segments do (see `enter`)."""
+    states = states.unflatten(0, (shape.sequences, shape.per_sequence))
+    if totals is None:
+        return states.sum(1), None
+    totals = totals.unflatten(0, (shape.sequences, shape.per_sequence))
+    nothing = torch.zeros_like(totals[:, :1])
+    if reverse:
+        until = torch.cat([nothing, totals[:, :-1]], 1).cumsum(1)
+    else:
+        until = torch.cat([totals[:, 1:], nothing], 1).flip(1).cumsum(1).flip(1)
+    return (until.exp2()[..., None, None] * states).sum(1), totals.sum(1)
+
+
 def sum_later(dc: Tensor, at_ends: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
     """``sum_{s >= t} dc_s`` within each sequence, ``[B, T, H]`` float32; ``at_ends [N, H]`` is added at last tokens."""
     return _sums(dc, at_ends, cu_seqlens, earlier=False)

@@ -64,15 +64,18 @@ class Whole:
             return None
         return self.cls(*(leaves.get(f"state {i}") for i in range(len(self.state))))
 
-    def call(self, function, leaves: dict[str, Tensor], cut=lambda y: y):
+    def call(self, function, leaves: dict[str, Tensor], cut=lambda y: y, **options):
         given = {n: cut(leaves[n]) if leaves[n].dim() > 2 else leaves[n] for n in self.x.tensors()}
         q, k, v, kw = self.x.with_tensors(given)
-        return function(q, k, v, initial_state=self.initial(leaves), output_final_state=True, **kw, **self.options)
+        return function(
+            q, k, v, initial_state=self.initial(leaves), output_final_state=True, **kw, **self.options, **options
+        )
 
 
 def check(
-    groups, rank, name, option, size, dtype=F64, borders=None, with_state=False, lengths=None, tolerance=1e-10, T=25
-):
+    groups, rank, name, option, size, dtype=F64, borders=None, with_state=False, lengths=None, tolerance=1e-10, T=25,
+    **options,
+):  # fmt: skip
     if rank >= size:
         return
     small_chunks()
@@ -90,7 +93,7 @@ def check(
     borders_of_pieces = [sum(parallel.lengths[:r]) for r in range(size + 1)] if parallel.lengths else [0, T]
     span = slice(*borders_of_pieces[rank : rank + 2])
     leaves = {n: y.detach().clone().requires_grad_() for n, y in whole.leaves.items()}
-    mine, ends = whole.call(lambda *a, **kw: parallel.run(x.op, *a, **kw), leaves, lambda y: y[:, span])
+    mine, ends = whole.call(lambda *a, **kw: parallel.run(x.op, *a, **kw), leaves, lambda y: y[:, span], **options)
     assert_close(mine, o[:, span], tolerance, "o")
     loss = (mine * do[:, span]).sum()
     for y, end, dy in zip(final, ends, dfinal, strict=True):
@@ -175,3 +178,28 @@ def check_float32(groups, rank, name, option, dtype):
 @pytest.mark.parametrize("name", ["linear_attn", "hla2", "ahla", "ahla3", "hla3", "hla_q4"])
 def test_low_precision_is_no_worse_than_in_one_process(run, name, dtype):
     run(check_float32, name, "g", dtype)
+
+
+def check_kernels(groups, rank, option, size, with_state, lengths=None, T=25):
+    from hla.kernels import segments as cuts
+
+    before, cuts.SHORTEST_SEGMENT = cuts.SHORTEST_SEGMENT, 64
+    try:
+        check(
+            groups, rank, "hla_q4", option, size, torch.float32, None, with_state, lengths, 2e-4, T, backend="triton"
+        )  # fmt: skip
+    finally:
+        cuts.SHORTEST_SEGMENT = before
+
+
+@pytest.mark.parametrize("option", ["plain", "g", "g,nodes,ridge per token"])
+@pytest.mark.parametrize("with_state", [False, True])
+def test_pieces_by_the_kernels_of_hla_q(run, option, with_state):
+    pytest.importorskip("triton")
+    run(check_kernels, option, 4, with_state)
+
+
+@pytest.mark.parametrize("lengths", [[100, 70], [0, 170]])
+def test_pieces_in_several_segments(run, lengths):
+    pytest.importorskip("triton")
+    run(check_kernels, "g", 2, True, lengths, 170)
