@@ -12,7 +12,7 @@ belongs into gradients that S's depends on.
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import log
+from math import prod
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,11 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from hla.distributed.exchange import Flight
-from hla.distributed.packing import fold_sums
 from hla.kernels.library import refuse_double_backward
 from hla.kernels.linear_attn import sums
 from hla.kernels.query_side import Behind, Sizes, gradients_of, prepared, readings
-from hla.kernels.segments import enter, total_of
+from hla.kernels.segments import enter, folded, in_parts
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
@@ -41,16 +40,21 @@ class PendingReadings:
         q, k, v, g, _, nodes = (None if x is None else x.detach() for x in self.tensors)
         assert q is not None and k is not None and v is not None and nodes is not None
         self.sizes = Sizes(q, k, None, nodes.shape[-1] - 1)
-        self.sums, message = [], []
-        for x in (k, v):
-            states, self.totals = sums(k, x, g, self.sizes.segments, heads=k.shape[2])
-            own, decay = total_of(states, self.totals, self.sizes.segments, reverse=False)
-            self.sums.append(states)
-            message.append(own)
-        self.shapes = [x.shape for x in message]
-        decay = message[0].new_zeros(message[0].shape[:2]) if decay is None else decay * log(2.0)
+        N, heads, shape = k.shape[0], k.shape[2], self.sizes.segments
+        self.shapes = [(N, heads), *((N, heads, k.shape[3], x.shape[3]) for x in (k, v))]
+        message = torch.empty(sum(prod(x) for x in self.shapes), dtype=torch.float32, device=k.device)
+        decay, *states = (x.view(y) for x, y in zip(self._split(message), self.shapes, strict=True))
+        self.sums = []
+        for x, state in zip((k, v), states, strict=True):
+            own, self.totals = sums(k, x, g, shape, heads=heads)
+            totals = None if self.totals is None else in_parts(self.totals, shape)
+            folded(in_parts(own, shape), totals, out=state, decay=decay)
+            self.sums.append(own)
         self.flight = Flight(parallel.group)
-        self.landing = self.flight.gather(torch.cat([x.reshape(-1) for x in (decay, *message)]))
+        self.landing = self.flight.gather(message)
+
+    def _split(self, numbers: Tensor) -> tuple[Tensor, ...]:
+        return numbers.split([prod(x) for x in self.shapes], -1)
 
     def finish(self) -> tuple[Tensor, State | None]:
         """The output for this rank's tokens, and the final state if asked for."""
@@ -62,24 +66,23 @@ class PendingReadings:
         return o, HLAQState(*final) if final else None
 
     def told(self) -> list[Tensor]:
-        """Log-decay, S and P of every rank, ``[ranks, B, HKV, ...]``."""
+        """The log2-decay, S and P of every rank, ``[ranks, B, HKV, ...]``."""
         self.flight.land()
-        shapes = [self.shapes[0][:2], *self.shapes]
-        parts = self.landing.split([x.numel() for x in shapes], 1)
-        return [x.view(-1, *shape) for x, shape in zip(parts, shapes, strict=True)]
+        return [x.view(-1, *shape) for x, shape in zip(self._split(self.landing), self.shapes, strict=True)]
 
 
 class _Readings(torch.autograd.Function):
     @staticmethod
     def forward(ctx, piece: PendingReadings, q, k, v, g, ridge, nodes, S, P):
         parallel, call, s = piece.parallel, piece.call, piece.sizes
-        told = piece.told()
-        if S is None:
-            initial = HLAQState(*(x.new_zeros(x.shape[1:]) for x in told[1:]))
-        else:
-            initial = HLAQState(S.float(), P.float())
-        size = parallel.size if call.output_final_state else None
-        entering, final = fold_sums(initial, told, parallel.rank, size, None, from_zero=S is None)
+        decays, *of_pieces = piece.told()
+        initial = (None, None) if S is None else (S.float(), P.float())
+        entering = [
+            folded(x, decays, y, count=parallel.rank) for x, y in zip(of_pieces, initial, strict=True)
+        ]  # fmt: skip
+        final = []
+        if call.output_final_state:
+            final = [folded(x, decays, y) for x, y in zip(of_pieces, initial, strict=True)]
         if s.segments.split:
             for states, state in zip(piece.sums, entering, strict=True):
                 enter(states, piece.totals, state, s.segments, reverse=False)
@@ -89,9 +92,9 @@ class _Readings(torch.autograd.Function):
         )  # fmt: skip
         ctx.parallel, ctx.sizes, ctx.scale, ctx.final = parallel, s, call.scale, call.output_final_state
         ctx.behind = len(behind)
-        ctx.save_for_backward(q, k, v, g, ridge, nodes, S, P, *entering, told[0], *behind, *kept)
+        ctx.save_for_backward(q, k, v, g, ridge, nodes, S, P, *entering, decays.contiguous(), *behind, *kept)
         ctx.set_materialize_grads(False)
-        return o, *(final or ())
+        return o, *final
 
     @staticmethod
     @once_differentiable
@@ -106,21 +109,17 @@ class _Readings(torch.autograd.Function):
             def told(own: Tensor) -> Callable[[], Tensor]:
                 """Starts to tell the other ranks what this piece does to what enters it."""
                 owns.append(own)
-                message = [own]
+                message = own[None]
                 if ctx.final:  # of which every rank has a part of the gradient
-                    message.append(torch.zeros_like(own) if dfinal is None else dfinal)
+                    message = torch.stack([own, torch.zeros_like(own) if dfinal is None else dfinal])
                 flight = Flight(parallel.group)
-                landing = flight.gather(torch.cat([y.reshape(-1) for y in message]))
+                landing = flight.gather(message.view(-1))
 
                 def wait() -> Tensor:
                     flight.land()
-                    of_pieces, *of_final = landing.view(parallel.size, len(message), *own.shape).unbind(1)
-                    last = of_final[0].sum(0) if of_final else torch.zeros_like(own)
-                    told_back = [decays.flip(0), of_pieces.flip(0)]
-                    (state,), _ = fold_sums(
-                        (last,), told_back, parallel.size - 1 - parallel.rank, None, None, from_zero=not of_final
-                    )
-                    return state
+                    of_pieces, *of_final = landing.view(parallel.size, *message.shape).unbind(1)
+                    last = of_final[0].sum(0) if of_final else None
+                    return folded(of_pieces, decays, last, count=parallel.size - 1 - parallel.rank, reverse=True)
 
                 return wait
 
@@ -131,11 +130,12 @@ class _Readings(torch.autograd.Function):
             ctx.sizes, ctx.scale, q, k, v, g, ridge, nodes, S, P, x, entered, behind, do,
             Behind(tell_S=tell(dS), tell_P=tell(dP)), needed,
         )  # fmt: skip
-        own_P, own_S = owns
-        until, whole = (y.sum(0).exp()[..., None, None] for y in (decays[: parallel.rank], decays))
-        initial = []
-        for y, own, dfinal in ((S0, own_S, dS), (P0, own_P, dP)):
-            own = until * own if dfinal is None else until * own + whole * dfinal
-            initial.append(None if y is None else own.to(y.dtype))
+        initial: list[Tensor | None] = [None, None]
+        if S0 is not None:
+            until, whole = (y.sum(0).exp2()[..., None, None] for y in (decays[: parallel.rank], decays))
+            own_P, own_S = owns
+            for i, (own, dfinal) in enumerate(((own_S, dS), (own_P, dP))):
+                initial[i] = until * own if dfinal is None else until * own + whole * dfinal
+            initial = [y.to(x.dtype) for x, y in zip((S0, P0), initial, strict=True)]
         results = [*found[:6], *initial]
         return None, *(y if need else None for y, need in zip(results, ctx.needs_input_grad[1:], strict=True))

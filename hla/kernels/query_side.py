@@ -35,7 +35,7 @@ from hla.kernels.library import Operation
 from hla.kernels.linear_attn import operand, per_head, read, sum_heads, sums
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
 from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
-from hla.kernels.segments import cut, cut_every, enter, is_batch_invariant, sum_later, total_of
+from hla.kernels.segments import Cut, cut, cut_every, enter, folded, in_parts, is_batch_invariant, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
@@ -193,8 +193,8 @@ def gradients_of(
         later, totals = sums(
             x, do, g, s.segments, heads=s.HQ, reverse=True, exact=gated and not in_pairs
         )  # fmt: skip
-        own = total_of(later, totals, s.segments, reverse=True)[0] * scale
-        wait = behind.tell_P(own.unflatten(1, (s.HKV, group)).sum(2))
+        own = _of_all_parts(later, totals, s.segments, factor=scale)
+        wait = behind.tell_P(_sum_group(own, group))
     states: Callable[[], Entering] = functools.partial(_run_states, s, k, g, S, False, S_entered)
     if wait is not None:
         states = [states()].pop  # while the answer is on its way; who takes them has the only reference
@@ -228,10 +228,21 @@ def gradients_of(
     dP_initial = None
     if P is not None and needed[7]:
         assert at_P.dP is not None
-        dP_initial = (at_P.dP * scale).unflatten(1, (s.HKV, group)).sum(2).to(P.dtype)
+        dP_initial = _sum_group(at_P.dP * scale, group).to(P.dtype)
     if dS_initial is not None:
-        dS_initial = dS_initial.unflatten(1, (s.HKV, group)).sum(2).to(S.dtype)
+        dS_initial = _sum_group(dS_initial, group).to(S.dtype)
     return [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial]
+
+
+def _sum_group(dstate: Tensor, group: int) -> Tensor:
+    """``[N, HQ, K, V]`` to the heads that a state has."""
+    return dstate if group == 1 else dstate.unflatten(1, (-1, group)).sum(2)
+
+
+def _of_all_parts(states: Tensor, totals: Tensor | None, shape: Cut, factor: float = 1.0) -> Tensor:
+    """What all segments of sequences of one length do to what enters them from behind ``[sequences, H, K, V]``."""
+    totals = None if totals is None else in_parts(totals, shape)
+    return folded(in_parts(states, shape), totals, reverse=True, factor=factor)
 
 
 class _AtP(NamedTuple):
@@ -347,10 +358,12 @@ def _in_one_kernel(
 
     dS = behind.S
     if behind.tell_S is not None:
-        own = s.new(chunks.sequences, heads, s.K, s.K).zero_()
+        own = s.new(chunks.sequences, heads, s.K, s.K)
         if q.numel():
             scan(None, own, None)
-        dS = behind.tell_S(own.unflatten(1, (s.HKV, group)).sum(2))()
+        else:
+            own.zero_()
+        dS = behind.tell_S(_sum_group(own, group))()
     ends = None if dS is None else per_head(dS, group)
     dS_initial = s.new(chunks.sequences, heads, s.K, s.K) if wants_dS else None
     if q.numel():
@@ -402,9 +415,9 @@ def _run_moments(s: Sizes, g, xs, us, dtrace, behind: Behind, wants_dS):
                 if y is not None:
                     y.zero_()
     if behind.tell_S is not None:
-        own_m, own = (total_of(y, total, shape, reverse=True)[0] for y in (m[..., None, None], leave))
+        own_m, own = (_of_all_parts(y, total, shape) for y in (m[..., None, None], leave))
         own = own_m * torch.eye(s.K, device=s.device) - own
-        dS = behind.tell_S(own.unflatten(1, (s.HKV, group)).sum(2))()
+        dS = behind.tell_S(_sum_group(own, group))()
     enter_state = None if dS is None else -per_head(dS, group)
     if not xs.numel():
         if dS_initial is not None:

@@ -159,19 +159,68 @@ def _enter(
             carry += own
 
 
-def total_of(states: Tensor, totals: Tensor | None, shape: Cut, reverse: bool) -> tuple[Tensor, Tensor | None]:
-    """What whole sequences (of one length) add to a state, ``[sequences, H, K, V]``, and the log2 of their decays
-    ``[sequences, H]``, from what all their segments do (see `enter`)."""
-    states = states.unflatten(0, (shape.sequences, shape.per_sequence))
-    if totals is None:
-        return states.sum(1), None
-    totals = totals.unflatten(0, (shape.sequences, shape.per_sequence))
-    nothing = torch.zeros_like(totals[:, :1])
-    if reverse:
-        until = torch.cat([nothing, totals[:, :-1]], 1).cumsum(1)
-    else:
-        until = torch.cat([totals[:, 1:], nothing], 1).flip(1).cumsum(1).flip(1)
-    return (until.exp2()[..., None, None] * states).sum(1), totals.sum(1)
+def folded(
+    states: Tensor, totals: Tensor | None, initial: Tensor | None = None, *, count: int | None = None,
+    reverse: bool = False, factor: float = 1.0, out: Tensor | None = None, decay: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The state after the first ``count`` parts of sequences (in reverse, from behind: before the last ones).
+
+    Args:
+        states: ``[parts, N, H, K, V]`` float32, what each adds to a state; heads, K and V contiguous. (See `in_parts`.)
+        totals: ``[parts, N, H]``, the log2 of their decays, heads contiguous; None: nothing decays.
+        initial: ``[N, H, K, V]``, any strides. count: None means all.
+        factor: of the result. out, decay: where the result and the sums of totals go, contiguous; decay ``[N, H]``.
+    """
+    parts, N, heads, K, V = states.shape
+    if out is None:
+        out = torch.empty(N, heads, K, V, dtype=torch.float32, device=states.device)
+    block = 1024
+    launch(
+        _fold, triton.cdiv(K * V, block) * heads * N,
+        states, totals, initial, out, decay, parts, parts if count is None else count, heads, K * V, V, float(factor),
+        *states.stride()[:2], *((0, 0) if totals is None else totals.stride()[:2]),
+        *((0, 0, 0, 0) if initial is None else initial.stride()), REVERSE=reverse, BLOCK=block,
+    )  # fmt: skip
+    return out
+
+
+def in_parts(x: Tensor, shape: Cut) -> Tensor:
+    """``[slots, ...]`` of sequences of one length as ``[parts, sequences, ...]``."""
+    return x.unflatten(0, (shape.sequences, shape.per_sequence)).transpose(0, 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "parts", "count", "heads", "size", "V", "factor", "s_j", "s_n", "t_j", "t_n", "i_n", "i_h", "i_k", "i_v",
+    ]
+)  # fmt: skip
+def _fold(
+    STATES, TOTALS, INITIAL, OUT, DECAY, parts, count, heads, size, V, factor, s_j, s_n, t_j, t_n, i_n, i_h, i_k, i_v,
+    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(size, BLOCK)
+    block = tl.program_id(0) % blocks
+    x = block * BLOCK + tl.arange(0, BLOCK)
+    h = (tl.program_id(0) // blocks) % heads
+    n = tl.cast(tl.program_id(0) // (blocks * heads), tl.int64)
+    inside = x < size
+    carry = tl.zeros([BLOCK], tl.float32)
+    passed = 0.0
+    if INITIAL is not None:
+        p = INITIAL + n * i_n + h * i_h + (x // V) * i_k + (x % V) * i_v
+        carry = tl.load(p, mask=inside, other=0.0).to(tl.float32)
+    for i in range(0, count):
+        j = tl.cast(parts - 1 - i if REVERSE else i, tl.int64)
+        own = tl.load(STATES + j * s_j + n * s_n + h * size + x, mask=inside, other=0.0)
+        if TOTALS is not None:
+            total = tl.load(TOTALS + j * t_j + n * t_n + h)
+            carry *= tl.exp2(total)
+            passed += total
+        carry += own
+    tl.store(OUT + (n * heads + h) * size + x, carry * factor, mask=inside)
+    if DECAY is not None:
+        if block == 0:
+            tl.store(DECAY + n * heads + h, passed)
 
 
 def sum_later(dc: Tensor, at_ends: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
