@@ -152,17 +152,26 @@ def memory(
 
 
 def summary_memory(config: HLAConfig, sp: int, rows: int, checkpointing: bool) -> float:
-    """Bytes of summaries on the last rank.
-
-    Each layer keeps what all ranks told it for its backward pass; two messages of all ranks are on their way.
-    """
+    """Bytes of summaries on a rank: what each layer keeps, and one message of all ranks on its way."""
     layers = 1 if checkpointing else config.num_hidden_layers
-    return layers * fold_bytes(config, sp, rows) + 2 * sp * rows * summary_bytes(config)
+    return layers * fold_bytes(config, sp, rows) + sp * rows * summary_bytes(config)
 
 
-def fold_bytes(config: HLAConfig, sp: int, rows: int = 1) -> int:
-    """What one layer keeps of the summaries on the last rank: those of all ranks, and what each earlier one weighs."""
-    return rows * (sp * summary_bytes(config) + (sp - 1) * F32 * config.num_key_value_heads)
+def by_kernels(config: HLAConfig, kernels: bool) -> bool:
+    """Whether operator and exchanges are one function (`hla.distributed.readings`): hla_q, where kernels run."""
+    return kernels and config.op == "hla_q"
+
+
+def fold_bytes(config: HLAConfig, sp: int, rows: int = 1, kernels: bool = True) -> int:
+    """What one layer keeps of the summaries on the last rank.
+
+    The states that enter its piece and those that leave it, and the decays of all pieces; otherwise the summaries of
+    all ranks, and what each earlier one weighs.
+    """
+    decays = F32 * config.num_key_value_heads
+    if by_kernels(config, kernels):
+        return rows * (2 * (summary_bytes(config) - decays) + sp * decays)
+    return rows * (sp * summary_bytes(config) + (sp - 1) * decays)
 
 
 # Bytes of communication
@@ -209,13 +218,19 @@ class Traffic(NamedTuple):
         return Traffic(*(n * a for a in self))
 
 
-def hla_layer(config: HLAConfig, sp: int, rows: int = 1, checkpointing: bool = False) -> Traffic:
+def hla_layer(
+    config: HLAConfig, sp: int, rows: int = 1, checkpointing: bool = False, kernels: bool = True
+) -> Traffic:  # fmt: skip
     """A layer, forward and backward: summaries and halos of all other ranks, and their gradients back.
 
     Checkpointing runs the forward pass, and with it the gathers, once more. Nothing depends on the length.
     """
-    told = (sp - 1) * rows * (summary_bytes(config) + halo_bytes(config))
-    return Traffic(all_gather=told * (2 if checkpointing else 1), all_to_all=told)
+    summaries, halos = ((sp - 1) * rows * x for x in (summary_bytes(config), halo_bytes(config)))
+    forward = (summaries + halos) * (2 if checkpointing else 1)
+    if by_kernels(config, kernels):  # every rank tells what it does to the states, and folds itself
+        decays = (sp - 1) * rows * F32 * config.num_key_value_heads
+        return Traffic(all_gather=forward + summaries - decays, all_to_all=halos)
+    return Traffic(all_gather=forward, all_to_all=summaries + halos)
 
 
 def ring_layer(config: HLAConfig, sp: int, tokens: int, rows: int = 1, checkpointing: bool = False) -> Traffic:

@@ -44,9 +44,9 @@ import hla
 from benchmarks.cuda.guard import Budget, free, guarded
 from benchmarks.measure import environment, gpu_software
 from benchmarks.scale import formulas
-from benchmarks.scale.gpus_training import training
+from benchmarks.scale.gpus_training import KEY, training
 from benchmarks.scale.ranks import Exchanges, Ranks, Table, in_turns, peak_gib, print_table, rounded
-from benchmarks.scale.times import Links, Rates, fold_seconds, summary_seconds
+from benchmarks.scale.times import Links, Rates, fold_seconds, summary_seconds, told_back
 from hla.distributed import SequenceParallel
 from hla.models import SIZES, HLAConfig
 
@@ -174,7 +174,7 @@ def expected(op: str, length: int, gpus: int, rates: Rates, links: Links) -> Row
         seconds = rates.mixer(op, config, round(local))[1]
         if gpus > 1:
             seconds += summary_seconds(config, rates, local, 0) + fold_seconds(config, rates, gpus, 0)
-            seconds += links.gather(told, gpus) + links.exchange(told, gpus)
+            seconds += links.gather(told, gpus) + told_back(config, rates, links, gpus, local)
     return {
         "expected_received_mib": round(2 * told / 2**20, 2),
         "expected_both_ms": "" if seconds is None else round(1e3 * seconds, 2),
@@ -246,9 +246,9 @@ def main() -> None:
     where: Row = environment(args.device) | (gpu_software() if args.device == "cuda" else {})
     rates = Rates()
     if "operators" in args.parts:
-        operators(args, ranks, Table(args.out, ranks, where), rates, budget)
+        operators(args, ranks, Table(args.out, ranks, where, ("operator", "T")), rates, budget)
     if "training" in args.parts:
-        training(args, ranks, Table(training_out, ranks, where), rates, budget)
+        training(args, ranks, Table(training_out, ranks, where, KEY), rates, budget)
     ranks.say(f"wrote {args.out} and what is beside it")
     dist.destroy_process_group()
 

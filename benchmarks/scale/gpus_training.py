@@ -25,6 +25,7 @@ COLUMNS = (
     "dp", "sp", "tp", "size", "rows", "T", "loss_first", "loss_last", "loss_difference", "ms_per_step",
     "tokens_per_s_per_gpu", "efficiency", "peak_gib", "expected_ms", "expected_gib", "error",
 )  # fmt: skip
+KEY = COLUMNS[:6]  # what a row measures
 
 
 def meshes_of(gpus: int) -> list[Mesh]:

@@ -157,22 +157,32 @@ class Exchanges:
 
 
 class Table:
-    """Rows of a CSV, which rank 0 writes after each; those of other numbers of GPUs that the file has stay."""
+    """Rows of a CSV, which rank 0 writes after each; those that the file has stay, but for what is measured again.
 
-    def __init__(self, path: Path, ranks: Ranks, where: dict[str, Any]):
-        self.path, self.ranks, self.where = path, ranks, where
+    Args:
+        where: columns of every row.
+        key: the columns that say what a row measures, beside the number of GPUs.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks, where: dict[str, Any], key: Sequence[str]):
+        self.path, self.ranks, self.where, self.key = path, ranks, where, ("gpus", *key)
         self.rows: list[dict[str, Any]] = []
         self.others: list[dict[str, Any]] = []
         if path.exists():
             with open(path, newline="") as file:
-                self.others = [row for row in csv.DictReader(file) if row["gpus"] != str(ranks.size)]
+                self.others = list(csv.DictReader(file))
 
     def add(self, row: dict[str, Any]) -> None:
         self.rows.append({"gpus": self.ranks.size, **row, **self.where})
         if self.ranks.rank == 0:
+            new = self._what(self.rows[-1])
+            self.others = [other for other in self.others if self._what(other) != new]
             others = [{name: other.get(name, "") for name in self.rows[0]} for other in self.others]
             write_csv(self.path, [*others, *self.rows])
             say("  " + ", ".join(f"{name} {x}" for name, x in row.items() if x != ""))
+
+    def _what(self, row: dict[str, Any]) -> list[str]:
+        return [str(row.get(name, "")) for name in self.key]
 
 
 def print_table(path: Path) -> None:

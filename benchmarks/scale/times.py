@@ -132,9 +132,10 @@ def step(
 ) -> Step | None:  # fmt: skip
     """A step of one sequence of ``tokens`` on every ``sp`` of ``ranks`` GPUs.
 
-    Assumed: the gather of the summaries hides behind the projection of the output gate, and so does the all-to-all in
-    the backward pass (as `hla.distributed` starts them); halos hide behind nothing; FSDP2's collectives behind all of
-    compute; the hops of a ring behind its attention, whose work is shared evenly; Ulysses' exchanges behind nothing.
+    Assumed: the gather of the summaries hides behind the projection of the output gate (as `hla.distributed` starts
+    it), and of the two in the backward pass the first one behind a walk over the keys; halos hide behind nothing;
+    FSDP2's collectives behind all of compute; the hops of a ring behind its attention, whose work is shared evenly;
+    Ulysses' exchanges behind nothing.
     With checkpointing everything forward is done twice.
 
     Args:
@@ -182,20 +183,48 @@ def hla_exposed(config: HLAConfig, rates: Rates, links: Links, sp: int, local: f
     told, halo = (sp - 1) * formulas.summary_bytes(config), (sp - 1) * formulas.halo_bytes(config)
     gate = 2 * config.hidden_size * config.num_attention_heads * config.head_v_dim * local / rates.matmul
     forward = max(0.0, links.gather(told, sp) - gate) + links.gather(halo, sp)
-    backward = max(0.0, links.exchange(told, sp) - 2 * gate) + links.exchange(halo, sp)
-    return (1 + again) * forward + backward
+    if formulas.by_kernels(config, True):
+        backward = told_back(config, rates, links, sp, local)
+    else:
+        backward = max(0.0, links.exchange(told, sp) - 2 * gate)
+    return (1 + again) * forward + backward + links.exchange(halo, sp)
+
+
+def chunk_states(config: HLAConfig, heads: int, local: float) -> float:
+    """Bytes of the states between chunks of a piece (`hla.kernels.query_side`), bfloat16."""
+    return local / 64 * heads * config.head_dim**2 * formulas.BF16
+
+
+def told_back(config: HLAConfig, rates: Rates, links: Links, sp: int, local: float) -> float:
+    """Seconds of waiting, backward: for the gradient of P, less the walk of S that runs meanwhile, then that of S."""
+    half = (sp - 1) * formulas.summary_bytes(config) / 2
+    walk = chunk_states(config, config.num_key_value_heads, local) / rates.copy
+    return max(0.0, links.gather(half, sp) - walk) + links.gather(half, sp)
 
 
 def summary_seconds(config: HLAConfig, rates: Rates, local: float, again: int) -> float:
-    """Of the moments k k^T and k v^T of a piece (`hla.kernels.moment`): k and v are read, bfloat16; back again, and
-    their gradients written and added to the others."""
+    """What a piece computes beyond what it computes alone.
+
+    By the kernels of hla_q, whose summaries are sums they make anyway: what the chunks add to the gradient of S is read
+    once more. Otherwise k and v are read for the moments k k^T and k v^T (`hla.kernels.moment`), bfloat16; back again,
+    and their gradients written and added to the others.
+    """
     HKV, K, V = config.num_key_value_heads, config.head_dim, config.head_v_dim
+    if formulas.by_kernels(config, True):
+        return chunk_states(config, config.num_attention_heads, local) / rates.copy
     tensors = 1 + again + 2 + 3
     return local * tensors * 2 * HKV * (K + V) / rates.copy
 
 
 def fold_seconds(config: HLAConfig, rates: Rates, sp: int, again: int) -> float:
-    """Of the weighted sum of all summaries on the last rank: a product and a sum, forward; backward their gradients,
-    that of the weights, and both put together with zeros where this rank's own summary and later ones are."""
-    passes, kernels = 3 * (1 + again) + 9, 12 * (1 + again) + 24
+    """Of what all ranks told, on the last one.
+
+    By the kernels of hla_q: one pass over it each way, and sums over segments before and after. Otherwise a weighted
+    sum: a product and a sum, forward; backward their gradients, that of the weights, and both put together with zeros
+    where this rank's own summary and later ones are.
+    """
+    if formulas.by_kernels(config, True):
+        passes, kernels = (1 + again) + 1, 6 * (1 + again) + 6
+    else:
+        passes, kernels = 3 * (1 + again) + 9, 12 * (1 + again) + 24
     return kernels * SMALL_KERNEL + passes * (sp - 1) * formulas.summary_bytes(config) / rates.copy

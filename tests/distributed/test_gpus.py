@@ -13,7 +13,7 @@ from tests.distributed.ranks import ROOT, TIMEOUT
 
 def test_two_processes(tmp_path):
     out = tmp_path / "rows.csv"
-    out.write_text("gpus,operator,T,error\n4,hla_q,64,\n2,hla_q,1,\n")  # what others measured stays
+    out.write_text("gpus,operator,T,error\n4,hla_q,64,\n2,hla_q,1,\n2,hla_q,64,old\n")  # what others measured stays
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     options = "--device cpu --operators hla_q --lengths 64 --seconds 0 --size tiny --tokens 16 --steps 2 --meshes 1x2x1"
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -22,8 +22,8 @@ def test_two_processes(tmp_path):
         env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=TIMEOUT,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    other, row = csv.DictReader(open(out))
-    assert other["gpus"] == "4"
+    *others, row = csv.DictReader(open(out))
+    assert [(other["gpus"], other["T"], other["error"]) for other in others] == [("4", "64", ""), ("2", "1", "")]
     assert (row["gpus"], row["operator"], row["T"], row["error"]) == ("2", "hla_q", "64", "")
     assert max(float(row[f"error_{name}"]) for name in ("o", "q", "k", "v", "g", "ridge")) < 1e-5
     assert float(row["efficiency"]) > 0 and row["waiting_ms"] and float(row["piece_ms"]) > 0
