@@ -157,13 +157,13 @@ def summary_memory(config: HLAConfig, sp: int, rows: int, checkpointing: bool) -
     return layers * fold_bytes(config, sp, rows) + sp * rows * summary_bytes(config)
 
 
-def by_kernels(config: HLAConfig, kernels: bool) -> bool:
+def by_kernels(config: HLAConfig, kernels: bool = True) -> bool:
     """Whether operator and exchanges are one function (`hla.distributed.readings`): hla_q, where kernels run."""
     return kernels and config.op == "hla_q"
 
 
 def fold_bytes(config: HLAConfig, sp: int, rows: int = 1, kernels: bool = True) -> int:
-    """What one layer keeps of the summaries on the last rank.
+    """What one layer keeps of the summaries on the last rank, by kernels on every one.
 
     The states that enter its piece and those that leave it, and the decays of all pieces; otherwise the summaries of
     all ranks, and what each earlier one weighs.

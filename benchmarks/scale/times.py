@@ -183,7 +183,7 @@ def hla_exposed(config: HLAConfig, rates: Rates, links: Links, sp: int, local: f
     told, halo = (sp - 1) * formulas.summary_bytes(config), (sp - 1) * formulas.halo_bytes(config)
     gate = 2 * config.hidden_size * config.num_attention_heads * config.head_v_dim * local / rates.matmul
     forward = max(0.0, links.gather(told, sp) - gate) + links.gather(halo, sp)
-    if formulas.by_kernels(config, True):
+    if formulas.by_kernels(config):
         backward = told_back(config, rates, links, sp, local)
     else:
         backward = max(0.0, links.exchange(told, sp) - 2 * gate)
@@ -210,7 +210,7 @@ def summary_seconds(config: HLAConfig, rates: Rates, local: float, again: int) -
     and their gradients written and added to the others.
     """
     HKV, K, V = config.num_key_value_heads, config.head_dim, config.head_v_dim
-    if formulas.by_kernels(config, True):
+    if formulas.by_kernels(config):
         return chunk_states(config, config.num_attention_heads, local) / rates.copy
     tensors = 1 + again + 2 + 3
     return local * tensors * 2 * HKV * (K + V) / rates.copy
@@ -223,7 +223,7 @@ def fold_seconds(config: HLAConfig, rates: Rates, sp: int, again: int) -> float:
     sum: a product and a sum, forward; backward their gradients, that of the weights, and both put together with zeros
     where this rank's own summary and later ones are.
     """
-    if formulas.by_kernels(config, True):
+    if formulas.by_kernels(config):
         passes, kernels = (1 + again) + 1, 6 * (1 + again) + 6
     else:
         passes, kernels = 3 * (1 + again) + 9, 12 * (1 + again) + 24

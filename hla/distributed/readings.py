@@ -2,45 +2,55 @@
 
 What a piece tells the ones after it, its S and P, is part of what its kernels compute anyway, segment by segment
 (`hla.kernels.segments`); and so is what it tells the ones before it in the backward pass, the gradients of the S and P
-that enter it. Apart from the exchanges a piece costs what it costs alone. (`Pending`, which knows every operator, has
-the operator and the summaries as two functions, each with a backward pass over the tokens.)
+that enter it. Apart from the exchanges a piece costs what it costs alone. (`PendingSummaries`, which knows every
+operator, has the operator and the summaries as two functions, each with a backward pass over the tokens.)
 
-The two messages of a backward pass are what the forward one gathered once: P's is sent first, as what comes back
-belongs into gradients that S's depends on.
+In the backward pass P's gradient is told first and hides behind a walk of S over the keys; S's comes from a chain of
+readings that begins with P's, and nothing is left to hide it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from hla.distributed.exchange import Flight
+from hla.distributed.packing import Packing
+from hla.distributed.sequence import Pending, SequenceParallel
 from hla.kernels.library import refuse_double_backward
 from hla.kernels.linear_attn import sums
-from hla.kernels.query_side import Behind, Sizes, gradients_of, prepared, readings
-from hla.kernels.segments import enter, folded, in_parts
+from hla.kernels.query_side import Asked, Behind, Sizes, gradients_of, prepared, readings, supports
+from hla.kernels.segments import enter, folded, in_parts, parts_of
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
-if TYPE_CHECKING:
-    from hla.distributed.sequence import SequenceParallel
+
+def takes(call: Call, initial: State | None, packing: Packing | None) -> bool:
+    """Whether `begin` takes this call: `hla_q`, packed sequences only without states before and behind them."""
+    stateless = initial is None and not call.output_final_state
+    return call.op == "hla_q" and supports(call) and (packing is None or stateless)
 
 
-class PendingReadings:
-    """`hla.distributed.Pending` for `hla_q` without packed sequences, where `hla.kernels.query_side` takes the call."""
+@torch.compiler.disable  # (kernels and collectives are launched from Python here)
+def begin(parallel: SequenceParallel, call: Call, initial: State | None, packing: Packing | None) -> Pending:
+    """Makes what this piece tells, and starts to tell it."""
+    return PendingReadings(parallel, call, initial, packing)
 
-    def __init__(self, parallel: SequenceParallel, call: Call, initial: State | None):
-        self.parallel, self.call, self.initial = parallel, call, initial
+
+class PendingReadings(Pending):
+    def __init__(self, parallel: SequenceParallel, call: Call, initial: State | None, packing: Packing | None):
+        self.parallel, self.call, self.initial, self.borders = parallel, call, initial, None
         self.tensors = prepared(call)
+        self.versions = self._versions()
         q, k, v, g, _, nodes = (None if x is None else x.detach() for x in self.tensors)
         assert q is not None and k is not None and v is not None and nodes is not None
-        self.sizes = Sizes(q, k, None, nodes.shape[-1] - 1)
-        N, heads, shape = k.shape[0], k.shape[2], self.sizes.segments
+        self.sizes = Sizes(q, k, call.cu_seqlens, nodes.shape[-1] - 1)
+        N, heads, shape, of_tail = k.shape[0], k.shape[2], self.sizes.segments, None
+        if packing is not None:
+            self.borders = Borders(packing)
+            of_tail = parts_of(self.borders.tail, shape)
         self.shapes = [(N, heads), *((N, heads, k.shape[3], x.shape[3]) for x in (k, v))]
         message = torch.empty(sum(prod(x) for x in self.shapes), dtype=torch.float32, device=k.device)
         decay, *states = (x.view(y) for x, y in zip(self._split(message), self.shapes, strict=True))
@@ -48,7 +58,7 @@ class PendingReadings:
         for x, state in zip((k, v), states, strict=True):
             own, self.totals = sums(k, x, g, shape, heads=heads)
             totals = None if self.totals is None else in_parts(self.totals, shape)
-            folded(in_parts(own, shape), totals, out=state, decay=decay)
+            folded(in_parts(own, shape), totals, parts=of_tail, out=state, decay=decay)
             self.sums.append(own)
         self.flight = Flight(parallel.group)
         self.landing = self.flight.gather(message)
@@ -56,86 +66,129 @@ class PendingReadings:
     def _split(self, numbers: Tensor) -> tuple[Tensor, ...]:
         return numbers.split([prod(x) for x in self.shapes], -1)
 
+    def _versions(self) -> list[int]:
+        return [0 if x is None or x.is_inference() else x._version for x in self.tensors]
+
+    @torch.compiler.disable
     def finish(self) -> tuple[Tensor, State | None]:
-        """The output for this rank's tokens, and the final state if asked for."""
+        if self._versions() != self.versions:
+            raise RuntimeError("a tensor of this operator was changed in place after `begin`, which had read it")
         S = P = None
         if self.initial is not None:
             assert isinstance(self.initial, HLAQState)
             S, P = self.initial
+        self.keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*self.tensors, S, P))
         o, *final = _Readings.apply(self, *self.tensors, S, P)
         return o, HLAQState(*final) if final else None
 
     def told(self) -> list[Tensor]:
         """The log2-decay, S and P of every rank, ``[ranks, B, HKV, ...]``."""
         self.flight.land()
-        return [x.view(-1, *shape) for x, shape in zip(self._split(self.landing), self.shapes, strict=True)]
+        size = self.parallel.size
+        return [x.view(size, *shape) for x, shape in zip(self._split(self.landing), self.shapes, strict=True)]
+
+
+class Borders:
+    """The two packed sequences that go over the borders of a piece.
+
+    Attributes:
+        head, tail: the sequences ``[1]`` of the first token of the piece, and of the first one behind it.
+        before, behind: the ranks that have tokens of head before this one, and of tail after it, for `folded`.
+    """
+
+    def __init__(self, packing: Packing):
+        at, rank = packing.sequence_at, packing.rank
+        self.sequences, self.head, self.tail = packing.sequences, at[rank : rank + 1], at[rank + 1 : rank + 2]
+        ranks = torch.arange(at.numel(), device=at.device)
+        # From the last rank on in which the sequence at its right border begins: that is head.
+        begins = torch.where(packing.fresh[:rank], ranks[:rank], 0).amax(0, True) if rank else ranks[:1]
+        self.before = torch.cat([begins, ranks[rank : rank + 1]])
+        goes_on = (at[rank + 1 : -1] == self.tail).sum(0, True)
+        self.behind = torch.cat([ranks[rank + 1 : rank + 2], ranks[rank + 1 : rank + 2] + goes_on])
+
+    def placed(self, row: Tensor, sequence: Tensor) -> Tensor:
+        """``[N, ...]`` of zeros, but for one sequence."""
+        return row.new_zeros(self.sequences, *row.shape[1:]).index_copy(0, sequence, row)
 
 
 class _Readings(torch.autograd.Function):
     @staticmethod
     def forward(ctx, piece: PendingReadings, q, k, v, g, ridge, nodes, S, P):
-        parallel, call, s = piece.parallel, piece.call, piece.sizes
+        parallel, call, s, borders = piece.parallel, piece.call, piece.sizes, piece.borders
         decays, *of_pieces = piece.told()
         initial = (None, None) if S is None else (S.float(), P.float())
-        entering = [
-            folded(x, decays, y, count=parallel.rank) for x, y in zip(of_pieces, initial, strict=True)
-        ]  # fmt: skip
+        before = range(parallel.rank) if borders is None else borders.before
+        entering = [folded(x, decays, y, parts=before) for x, y in zip(of_pieces, initial, strict=True)]
         final = []
         if call.output_final_state:
             final = [folded(x, decays, y) for x, y in zip(of_pieces, initial, strict=True)]
+        of_all = entering if borders is None else [borders.placed(x, borders.head) for x in entering]
         if s.segments.split:
-            for states, state in zip(piece.sums, entering, strict=True):
+            for states, state in zip(piece.sums, of_all, strict=True):
                 enter(states, piece.totals, state, s.segments, reverse=False)
+        needs_g = piece.keep and g is not None and g.requires_grad
         (o, *behind), kept = readings(
-            s, call.scale, q, k, v, g, ridge, nodes, *entering, final=g is not None, keep=any(ctx.needs_input_grad),
+            s, call.scale, q, k, v, g, ridge, nodes, *of_all, final=needs_g, keep=piece.keep,
             entered=piece.sums if s.segments.split else (),
         )  # fmt: skip
-        ctx.parallel, ctx.sizes, ctx.scale, ctx.final = parallel, s, call.scale, call.output_final_state
-        ctx.behind = len(behind)
+        if borders is not None:
+            behind = [x.index_select(0, borders.tail) for x in behind]
+        ctx.parallel, ctx.sizes, ctx.borders = parallel, s, borders
+        ctx.scale, ctx.final, ctx.behind = call.scale, call.output_final_state, len(behind)
         ctx.save_for_backward(q, k, v, g, ridge, nodes, S, P, *entering, decays.contiguous(), *behind, *kept)
         ctx.set_materialize_grads(False)
         return o, *final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do, dS=None, dP=None):
         refuse_double_backward()
-        parallel = ctx.parallel
+        borders, rank = ctx.borders, ctx.parallel.rank
         q, k, v, g, ridge, nodes, S0, P0, S, P, decays, *rest = ctx.saved_tensors
         behind, (x, *entered) = rest[: ctx.behind], rest[ctx.behind :]
-        owns: list[Tensor] = []
-
-        def tell(dfinal: Tensor | None) -> Callable[[Tensor], Callable[[], Tensor]]:
-            def told(own: Tensor) -> Callable[[], Tensor]:
-                """Starts to tell the other ranks what this piece does to what enters it."""
-                owns.append(own)
-                message = own[None]
-                if ctx.final:  # of which every rank has a part of the gradient
-                    message = torch.stack([own, torch.zeros_like(own) if dfinal is None else dfinal])
-                flight = Flight(parallel.group)
-                landing = flight.gather(message.view(-1))
-
-                def wait() -> Tensor:
-                    flight.land()
-                    of_pieces, *of_final = landing.view(parallel.size, *message.shape).unbind(1)
-                    last = of_final[0].sum(0) if of_final else None
-                    return folded(of_pieces, decays, last, count=parallel.size - 1 - parallel.rank, reverse=True)
-
-                return wait
-
-            return told
-
+        if borders is not None:
+            S, P = (borders.placed(y, borders.head) for y in (S, P))
+            behind = [borders.placed(y, borders.tail) for y in behind]
+        of_S, of_P = (_FromBehind(ctx, decays, y) for y in (dS, dP))
         needed = (*ctx.needs_input_grad[1:7], False, False)
         found = gradients_of(
             ctx.sizes, ctx.scale, q, k, v, g, ridge, nodes, S, P, x, entered, behind, do,
-            Behind(tell_S=tell(dS), tell_P=tell(dP)), needed,
+            Behind(of_S, of_P, None if borders is None else borders.head), needed,
         )  # fmt: skip
         initial: list[Tensor | None] = [None, None]
         if S0 is not None:
-            until, whole = (y.sum(0).exp2()[..., None, None] for y in (decays[: parallel.rank], decays))
-            own_P, own_S = owns
-            for i, (own, dfinal) in enumerate(((own_S, dS), (own_P, dP))):
-                initial[i] = until * own if dfinal is None else until * own + whole * dfinal
-            initial = [y.to(x.dtype) for x, y in zip((S0, P0), initial, strict=True)]
+            until, whole = (y.sum(0).exp2()[..., None, None] for y in (decays[:rank], decays))
+            for i, (x0, told) in enumerate(((S0, of_S), (P0, of_P))):
+                y = until * told.own if told.dfinal is None else until * told.own + whole * told.dfinal
+                initial[i] = y.to(x0.dtype)
         results = [*found[:6], *initial]
         return None, *(y if need else None for y, need in zip(results, ctx.needs_input_grad[1:], strict=True))
+
+
+class _FromBehind(Asked):
+    """The gradient of S or P behind this piece, folded from what the later ones tell.
+
+    Args:
+        decays: the log2-decays of all pieces. dfinal: this rank's part of the gradient of the state behind the whole
+            sequence, or None.
+    """
+
+    def __init__(self, ctx, decays: Tensor, dfinal: Tensor | None):
+        self.parallel, self.borders, self.has_final = ctx.parallel, ctx.borders, ctx.final
+        self.decays, self.dfinal = decays, dfinal
+
+    def tell(self, own: Tensor) -> None:
+        self.own, message = own, own[None]
+        if self.has_final:
+            message = torch.stack([own, torch.zeros_like(own) if self.dfinal is None else self.dfinal])
+        self.flight = Flight(self.parallel.group)
+        self.landing = self.flight.gather(message.view(-1)).view(self.parallel.size, *message.shape)
+
+    def wait(self) -> Tensor:
+        self.flight.land()
+        of_pieces, *of_final = self.landing.unbind(1)
+        last = of_final[0].sum(0) if of_final else None
+        if self.borders is not None:
+            found = folded(of_pieces, self.decays, parts=self.borders.behind, reverse=True)
+            return self.borders.placed(found, self.borders.tail)
+        later = range(self.parallel.rank + 1, self.parallel.size)
+        return folded(of_pieces, self.decays, last, parts=later, reverse=True)

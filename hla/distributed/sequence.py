@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,9 +20,6 @@ from hla.ops.linear_attn import compute_dtype
 from hla.ops.segments import HLAQSegment, LinearAttnSegment, Segment, advance, summary_of
 from hla.ops.state import State, pack, unpack, zeros
 
-if TYPE_CHECKING:
-    from hla.distributed.readings import PendingReadings
-
 # hla_n up to order 3 is one of these; from order 4 its segments have no summary of moderate size.
 HLA_N = {1: "linear_attn", 2: "hla2", 3: "hla3"}
 
@@ -33,7 +30,8 @@ class SequenceParallel:
     A segment of a sequence can be summarised by a few moments of its own tokens (`hla.ops.segments`). So every rank
     summarises its piece, one all-gather tells the summaries to all, every rank folds those of the ranks before it into
     the state that enters its piece, and from there its piece is a sequence like any other. In the backward pass the
-    gradients of the summaries go the way back in one all-to-all. What is sent does not depend on the length.
+    gradients of the summaries go the way back in one all-to-all (by the kernels of hla_q in two gathers of half the
+    size). What is sent does not depend on the length.
 
     Args:
         group: the process group, or a one-dimensional `DeviceMesh`; None means the default group.
@@ -107,7 +105,7 @@ class SequenceParallel:
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
         backend: str | None = None,
-    ) -> Pending | PendingReadings:
+    ) -> Pending:
         """Summarises this rank's piece and starts the all-gather, which runs until `Pending.finish` waits for it.
 
         Arguments as for the operators (`hla.hla2` and its siblings), of which ``op`` is one: tensors per token hold the
@@ -135,22 +133,13 @@ class SequenceParallel:
             raise ValueError(f"hla_n has no segment summaries, and so no sequence parallelism, of order {order}")
         if initial_state is not None:
             check_state(call, initial_state, q.shape[0] if packing is None else packing.sequences, "initial_state")
-        if self.size > 1 and packing is None and self._by_kernels(call, backend):
-            from hla.distributed.readings import PendingReadings
+        kernels = dispatch(call.op, "chunk", backend, q.device, compute_dtype(q, v)) is fused
+        if self.size > 1 and kernels:
+            from hla.distributed import readings
 
-            return PendingReadings(self, call, initial_state)
-        return Pending(self, call, initial_state, packing, backend)
-
-    @staticmethod
-    def _by_kernels(call: Call, backend: str | None) -> bool:
-        """Whether the Triton kernels of hla_q take this call (see `hla.distributed.readings`)."""
-        if call.op != "hla_q":
-            return False
-        if dispatch("hla_q", "chunk", backend, call.q.device, compute_dtype(call.q, call.v)) is not fused:
-            return False
-        from hla.kernels import query_side
-
-        return query_side.supports(call)
+            if readings.takes(call, initial_state, packing):
+                return readings.begin(self, call, initial_state, packing)
+        return PendingSummaries(self, call, initial_state, packing, backend)
 
     def _packing(self, cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:
         if cu_seqlens is None:
@@ -256,6 +245,14 @@ class SequenceParallel:
 class Pending:
     """An operator whose all-gather is on its way: what can be computed without its output can be computed now."""
 
+    def finish(self) -> tuple[Tensor, State | None]:
+        """The output for this rank's tokens, and the final state if asked for."""
+        raise NotImplementedError
+
+
+class PendingSummaries(Pending):
+    """Any operator: summaries (`hla.ops.segments`), their fold, and the operator from the state that this gives."""
+
     def __init__(self, parallel: SequenceParallel, call: Call, initial: State | None, packing: Packing | None, backend):
         self.parallel, self.call, self.initial, self.packing, self.backend = parallel, call, initial, packing, backend
         self.exchange = None
@@ -266,7 +263,6 @@ class Pending:
             self.exchange = Exchange(segment, parallel.group)
 
     def finish(self) -> tuple[Tensor, State | None]:
-        """The output for this rank's tokens, and the final state if asked for."""
         call, packing = self.call, self.packing
         compute = dispatch(call.op, "chunk", self.backend, call.q.device, compute_dtype(call.q, call.v))
         if self.exchange is None:

@@ -328,7 +328,7 @@ def read(
 def both_at_once(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> bool:
     """Whether `read` takes a second query: a program has all columns of the state, in a part of its registers."""
     config = _config([q, k, v], g, False, both=True)[2]
-    return block(v.shape[-1]) <= config.columns and block(k.shape[-1]) <= 16 * config.warps
+    return block(v.shape[-1]) <= config.columns and block(k.shape[-1]) <= (128 if config.columns == 128 else 64)
 
 
 def sums(

@@ -21,8 +21,7 @@ Head sizes up to 128; larger ones go stage by stage through `chain`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +34,7 @@ from hla.kernels.library import Operation
 from hla.kernels.linear_attn import operand, per_head, read, sum_heads, sums
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
 from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
-from hla.kernels.segments import Cut, cut, cut_every, enter, folded, in_parts, is_batch_invariant, sum_later
+from hla.kernels.segments import Cut, cut, cut_every, enter, folded, in_parts, is_batch_invariant, parts_of, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
@@ -150,17 +149,28 @@ def _decode(plan: str) -> tuple[float, bool]:
     return float(scale), final == "1"
 
 
-class Behind(NamedTuple):
-    """The gradients of the S and P behind the sequences, ``[N, HKV, K, K or V]``, or None.
+class Asked:
+    """The gradient of a state behind a piece of a sequence, which the pieces after it know."""
 
-    Those of a piece of a longer sequence are asked for: tell_S and tell_P take what the piece by itself does to the
-    state that enters it, in float32, and return a function that waits for the gradient of the state behind it.
+    def tell(self, own: Tensor) -> None:
+        """Starts to tell the pieces before what this one by itself does to the state that enters it, float32."""
+        raise NotImplementedError
+
+    def wait(self) -> Tensor:
+        """The gradient ``[N, HKV, K, K or V]``, after `tell`."""
+        raise NotImplementedError
+
+
+class Behind(NamedTuple):
+    """The gradients of the S and P behind the sequences, ``[N, HKV, K, K or V]``, or None; of a piece of longer
+    sequences they are `Asked` for, P's first.
+
+    head: of packed sequences the one ``[1]`` that enters the piece, the only one of which is told; None: all.
     """
 
-    S: Tensor | None = None
-    P: Tensor | None = None
-    tell_S: Callable[[Tensor], Callable[[], Tensor]] | None = None
-    tell_P: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    S: Tensor | Asked | None = None
+    P: Tensor | Asked | None = None
+    head: Tensor | None = None
 
 
 def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
@@ -188,17 +198,16 @@ def gradients_of(
     do = do.contiguous()
     group = s.HQ // s.HKV
     gated, in_pairs = needed[3], fits(s.K, v.shape[3], q.dtype)
-    dP, later, wait = behind.P, None, None
-    if behind.tell_P is not None:
+    dP, later = behind.P, None
+    states: list[Entering] = []  # (whoever takes them has the only reference)
+    if isinstance(dP, Asked):
         later, totals = sums(
             x, do, g, s.segments, heads=s.HQ, reverse=True, exact=gated and not in_pairs
         )  # fmt: skip
-        own = _of_all_parts(later, totals, s.segments, factor=scale)
-        wait = behind.tell_P(_sum_group(own, group))
-    states: Callable[[], Entering] = functools.partial(_run_states, s, k, g, S, False, S_entered)
-    if wait is not None:
-        states = [states()].pop  # while the answer is on its way; who takes them has the only reference
-        dP = wait()
+        own = _of_piece(later, totals, s.segments, behind.head, factor=scale)
+        dP.tell(_sum_group(own, group))
+        states.append(_run_states(s, k, g, S, False, S_entered))
+        dP = dP.wait()
     ends = None if dP is None else per_head(dP, group) / scale
     if later is not None and s.segments.split:
         enter(later, totals, ends, s.segments, reverse=True)
@@ -206,6 +215,7 @@ def gradients_of(
         later = None
     read_P = _in_pairs if in_pairs else _in_walks
     at_P = read_P(s, x, k, v, do, g, P, P_entered, ends, later, scale, gated)
+    states = states or [_run_states(s, k, g, S, False, S_entered)]
     by_readings = _in_one_kernel if s.hopper else _in_three_kernels
     dq, out, dridge, dnodes, dc, dS, dS_initial = by_readings(
         s, q, k, g, ridge, nodes, states, behind, at_P.dx, at_P.dk, gated, needed[6]
@@ -239,10 +249,13 @@ def _sum_group(dstate: Tensor, group: int) -> Tensor:
     return dstate if group == 1 else dstate.unflatten(1, (-1, group)).sum(2)
 
 
-def _of_all_parts(states: Tensor, totals: Tensor | None, shape: Cut, factor: float = 1.0) -> Tensor:
-    """What all segments of sequences of one length do to what enters them from behind ``[sequences, H, K, V]``."""
+def _of_piece(
+    states: Tensor, totals: Tensor | None, shape: Cut, head: Tensor | None, factor: float = 1.0
+) -> Tensor:  # fmt: skip
+    """What all segments of a sequence do to what enters them from behind ``[N or 1, H, K, V]``; head as in `Behind`."""
     totals = None if totals is None else in_parts(totals, shape)
-    return folded(in_parts(states, shape), totals, reverse=True, factor=factor)
+    parts = None if head is None else parts_of(head, shape)
+    return folded(in_parts(states, shape), totals, parts=parts, reverse=True, factor=factor)
 
 
 class _AtP(NamedTuple):
@@ -286,7 +299,7 @@ def _in_walks(s: Sizes, x, k, v, do, g, P, entered, ends, later, scale, gated) -
 
 
 def _in_three_kernels(
-    s: Sizes, q, k, g, ridge, nodes, states: Callable[[], Entering], behind: Behind, dx, added, gated, wants_dS
+    s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behind: Behind, dx, added, gated, wants_dS
 ):
     """Gradients through the readings of S, from dx, that of ``x_order``.
 
@@ -295,7 +308,7 @@ def _in_three_kernels(
         of the S behind the sequences, and that of the initial S per head of q, or None.
     """
     order, heads, tokens = s.order, s.HQ, s.B * s.T * s.HQ
-    all_states, traces, *_ = states()
+    all_states, traces, *_ = states.pop()
     xs, us = (s.new(order, *q.shape, dtype=s.dtype) for _ in range(2))
     dq = s.new(*q.shape, dtype=q.dtype)
     dridge, dtrace, dc, trace, yq = (s.new(s.B, s.T, heads) for _ in range(5))
@@ -322,14 +335,12 @@ def _in_three_kernels(
     return dq, out, dridge, dnodes, dc, dS, dS_initial
 
 
-def _in_one_kernel(
-    s: Sizes, q, k, g, ridge, nodes, states: Callable[[], Entering], behind: Behind, dx, added, gated, wants_dS
-):
+def _in_one_kernel(s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behind: Behind, dx, added, gated, wants_dS):
     """The same by the kernel for Hopper: a chunk adds to everything at once, and a scan brings it to earlier chunks."""
     from hla.kernels.query_side_hopper import WARPS
     from hla.kernels.query_side_hopper import adjoint as adjoint_on_hopper
 
-    all_states, traces, *_ = states()
+    all_states, traces, *_ = states.pop()
     heads, chunks = s.HQ, s.chunks
     dq, dk = s.new(*q.shape, dtype=q.dtype), s.new(*q.shape, dtype=k.dtype)
     dridge, dc = (s.new(s.B, s.T, heads) for _ in range(2))
@@ -357,13 +368,15 @@ def _in_one_kernel(
         )  # fmt: skip
 
     dS = behind.S
-    if behind.tell_S is not None:
+    if isinstance(dS, Asked):
         own = s.new(chunks.sequences, heads, s.K, s.K)
         if q.numel():
             scan(None, own, None)
         else:
             own.zero_()
-        dS = behind.tell_S(_sum_group(own, group))()
+        own = own if behind.head is None else own.index_select(0, behind.head)
+        dS.tell(_sum_group(own, group))
+        dS = dS.wait()
     ends = None if dS is None else per_head(dS, group)
     dS_initial = s.new(chunks.sequences, heads, s.K, s.K) if wants_dS else None
     if q.numel():
@@ -389,7 +402,7 @@ def _run_moments(s: Sizes, g, xs, us, dtrace, behind: Behind, wants_dS):
     entered = s.new(s.chunks.slots, heads, s.K, s.K, dtype=s.dtype)
     traces = s.new(s.chunks.slots, heads)
     dS_initial = s.new(shape.sequences, heads, s.K, s.K) if wants_dS else None
-    dS, asks = behind.S, behind.tell_S is not None
+    dS, asks = behind.S, isinstance(behind.S, Asked)
     enter_state = enter_trace = None
 
     def walked(leave, leave_trace, total) -> None:
@@ -414,10 +427,11 @@ def _run_moments(s: Sizes, g, xs, us, dtrace, behind: Behind, wants_dS):
             for y in (leave, m, total):
                 if y is not None:
                     y.zero_()
-    if behind.tell_S is not None:
-        own_m, own = (_of_all_parts(y, total, shape) for y in (m[..., None, None], leave))
+    if isinstance(dS, Asked):
+        own_m, own = (_of_piece(y, total, shape, behind.head) for y in (m[..., None, None], leave))
         own = own_m * torch.eye(s.K, device=s.device) - own
-        dS = behind.tell_S(_sum_group(own, group))()
+        dS.tell(_sum_group(own, group))
+        dS = dS.wait()
     enter_state = None if dS is None else -per_head(dS, group)
     if not xs.numel():
         if dS_initial is not None:

@@ -114,7 +114,7 @@ def enter(states: Tensor, totals: Tensor | None, initial: Tensor | None, shape: 
     """In place: from what each segment accumulated to the state that enters it.
 
     Args:
-        states: ``[slots, H, K, V]`` float32; what the last segment of each sequence holds is not read.
+        states: ``[slots, H, K, V]`` float32; what the last segment of each sequence holds, if anything, is not read.
         totals: ``[slots, H]`` log2-decay over each segment, or None. initial: ``[sequences, H, K, V]`` or None.
     """
     _, heads, K, V = states.shape
@@ -160,24 +160,27 @@ def _enter(
 
 
 def folded(
-    states: Tensor, totals: Tensor | None, initial: Tensor | None = None, *, count: int | None = None,
+    states: Tensor, totals: Tensor | None, initial: Tensor | None = None, *, parts: range | Tensor | None = None,
     reverse: bool = False, factor: float = 1.0, out: Tensor | None = None, decay: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The state after the first ``count`` parts of sequences (in reverse, from behind: before the last ones).
+    """The state ``[N, H, K, V]`` after some parts of N sequences, in reverse from behind before them.
 
     Args:
-        states: ``[parts, N, H, K, V]`` float32, what each adds to a state; heads, K and V contiguous. (See `in_parts`.)
-        totals: ``[parts, N, H]``, the log2 of their decays, heads contiguous; None: nothing decays.
-        initial: ``[N, H, K, V]``, any strides. count: None means all.
+        states: ``[P, N, H, K, V]`` float32, what each part adds to a state; heads, K, V contiguous. (See `in_parts`.)
+        totals: ``[P, N, H]``, the log2 of their decays, heads contiguous; None: nothing decays.
+        initial: ``[N, H, K, V]``, any strides.
+        parts: which, one behind the other: a range, or on the device the first and the one behind the last; None: all.
         factor: of the result. out, decay: where the result and the sums of totals go, contiguous; decay ``[N, H]``.
     """
-    parts, N, heads, K, V = states.shape
+    P, N, heads, K, V = states.shape
     if out is None:
         out = torch.empty(N, heads, K, V, dtype=torch.float32, device=states.device)
+    on_device = parts if isinstance(parts, Tensor) else None
+    first, stop = (parts.start, parts.stop) if isinstance(parts, range) else (0, P)
     block = 1024
     launch(
         _fold, triton.cdiv(K * V, block) * heads * N,
-        states, totals, initial, out, decay, parts, parts if count is None else count, heads, K * V, V, float(factor),
+        states, totals, initial, out, decay, on_device, first, stop, heads, K * V, V, float(factor),
         *states.stride()[:2], *((0, 0) if totals is None else totals.stride()[:2]),
         *((0, 0, 0, 0) if initial is None else initial.stride()), REVERSE=reverse, BLOCK=block,
     )  # fmt: skip
@@ -185,18 +188,26 @@ def folded(
 
 
 def in_parts(x: Tensor, shape: Cut) -> Tensor:
-    """``[slots, ...]`` of sequences of one length as ``[parts, sequences, ...]``."""
+    """``[slots, ...]`` as ``[parts, sequences, ...]``; of packed sequences as ``[slots, 1, ...]``."""
+    if shape.table is not None:
+        return x[:, None]
     return x.unflatten(0, (shape.sequences, shape.per_sequence)).transpose(0, 1)
+
+
+def parts_of(sequence: Tensor, shape: Cut) -> Tensor:
+    """The slots ``[2]`` of a packed sequence ``[1]``, first and behind the last, for `folded`."""
+    assert shape.first is not None
+    return shape.first[sequence + torch.arange(2, device=sequence.device)]
 
 
 @triton.jit(
     do_not_specialize=[
-        "parts", "count", "heads", "size", "V", "factor", "s_j", "s_n", "t_j", "t_n", "i_n", "i_h", "i_k", "i_v",
+        "first", "stop", "heads", "size", "V", "factor", "s_j", "s_n", "t_j", "t_n", "i_n", "i_h", "i_k", "i_v",
     ]
 )  # fmt: skip
 def _fold(
-    STATES, TOTALS, INITIAL, OUT, DECAY, parts, count, heads, size, V, factor, s_j, s_n, t_j, t_n, i_n, i_h, i_k, i_v,
-    REVERSE: tl.constexpr, BLOCK: tl.constexpr,
+    STATES, TOTALS, INITIAL, OUT, DECAY, PARTS, first, stop, heads, size, V, factor, s_j, s_n, t_j, t_n,
+    i_n, i_h, i_k, i_v, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(size, BLOCK)
     block = tl.program_id(0) % blocks
@@ -206,11 +217,14 @@ def _fold(
     inside = x < size
     carry = tl.zeros([BLOCK], tl.float32)
     passed = 0.0
+    if PARTS is not None:
+        first = tl.load(PARTS).to(tl.int32)
+        stop = tl.load(PARTS + 1).to(tl.int32)
     if INITIAL is not None:
         p = INITIAL + n * i_n + h * i_h + (x // V) * i_k + (x % V) * i_v
         carry = tl.load(p, mask=inside, other=0.0).to(tl.float32)
-    for i in range(0, count):
-        j = tl.cast(parts - 1 - i if REVERSE else i, tl.int64)
+    for i in range(0, stop - first):
+        j = tl.cast(stop - 1 - i if REVERSE else first + i, tl.int64)
         own = tl.load(STATES + j * s_j + n * s_n + h * size + x, mask=inside, other=0.0)
         if TOTALS is not None:
             total = tl.load(TOTALS + j * t_j + n * t_n + h)

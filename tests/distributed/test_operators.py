@@ -64,27 +64,29 @@ class Whole:
             return None
         return self.cls(*(leaves.get(f"state {i}") for i in range(len(self.state))))
 
-    def call(self, function, leaves: dict[str, Tensor], cut=lambda y: y, **options):
+    def call(self, function, leaves: dict[str, Tensor], cut=lambda y: y, finals=True, **options):
         given = {n: cut(leaves[n]) if leaves[n].dim() > 2 else leaves[n] for n in self.x.tensors()}
         q, k, v, kw = self.x.with_tensors(given)
         return function(
-            q, k, v, initial_state=self.initial(leaves), output_final_state=True, **kw, **self.options, **options
+            q, k, v, initial_state=self.initial(leaves), output_final_state=finals, **kw, **self.options, **options
         )
 
 
 def check(
     groups, rank, name, option, size, dtype=F64, borders=None, with_state=False, lengths=None, tolerance=1e-10, T=25,
-    **options,
+    V=5, **options,
 ):  # fmt: skip
     if rank >= size:
         return
     small_chunks()
     B = 2 if borders is None else 1
     rows = B if borders is None else len(borders) - 1
-    x = Inputs(name, option, B=B, T=T, dtype=dtype)
+    x = Inputs(name, option, B=B, T=T, V=V, dtype=dtype)
     cu = {} if borders is None else {"cu_seqlens": torch.tensor(borders)}
     whole = Whole(x, rows, with_state, dtype, **cu)
-    o, final = whole.call(getattr(hla, x.op), whole.leaves)
+    finals = options.get("finals", True)
+    o, final = whole.call(getattr(hla, x.op), whole.leaves, finals=finals)
+    final = final or ()
     do, dfinal = whole.r(*o.shape), [None if y is None else whole.r(*y.shape) for y in final]
     loss = (o * do).sum() + sum((y * dy).sum() for y, dy in zip(final, dfinal, strict=True) if y is not None)
     truth = dict(zip(whole.leaves, gradients(loss, whole.leaves.values()), strict=True))
@@ -96,7 +98,7 @@ def check(
     mine, ends = whole.call(lambda *a, **kw: parallel.run(x.op, *a, **kw), leaves, lambda y: y[:, span], **options)
     assert_close(mine, o[:, span], tolerance, "o")
     loss = (mine * do[:, span]).sum()
-    for y, end, dy in zip(final, ends, dfinal, strict=True):
+    for y, end, dy in zip(final, ends or (), dfinal, strict=True):
         assert (y is None) == (end is None)
         if y is not None:
             assert end.dtype == y.dtype
@@ -180,16 +182,22 @@ def test_low_precision_is_no_worse_than_in_one_process(run, name, dtype):
     run(check_float32, name, "g", dtype)
 
 
-def check_kernels(groups, rank, option, size, with_state, lengths=None, T=25):
+def check_kernels(groups, rank, option, size, with_state, lengths=None, T=25, borders=None, V=5):
+    from hla.distributed.readings import PendingReadings
     from hla.kernels import segments as cuts
 
+    taken = []
+    finish = lambda self: taken.append(self) or real(self)  # noqa: E731
+    real, PendingReadings.finish = PendingReadings.finish, finish
     before, cuts.SHORTEST_SEGMENT = cuts.SHORTEST_SEGMENT, 64
     try:
         check(
-            groups, rank, "hla_q4", option, size, torch.float32, None, with_state, lengths, 2e-4, T, backend="triton"
+            groups, rank, "hla_q4", option, size, torch.float32, borders, with_state, lengths, 2e-4, T,
+            V, backend="triton", finals=borders is None,
         )  # fmt: skip
     finally:
-        cuts.SHORTEST_SEGMENT = before
+        cuts.SHORTEST_SEGMENT, PendingReadings.finish = before, real
+    assert len(taken) == (rank < size)
 
 
 @pytest.mark.parametrize("option", ["plain", "g", "g,nodes,ridge per token"])
@@ -203,3 +211,76 @@ def test_pieces_by_the_kernels_of_hla_q(run, option, with_state):
 def test_pieces_in_several_segments(run, lengths):
     pytest.importorskip("triton")
     run(check_kernels, "g", 2, True, lengths, 170)
+
+
+@pytest.mark.parametrize("borders", BORDERS.values(), ids=BORDERS)
+def test_packed_pieces_by_the_kernels_of_hla_q(run, borders):
+    pytest.importorskip("triton")
+    run(check_kernels, "g", 4, False, None, 25, borders)
+
+
+@pytest.mark.parametrize("lengths", [[25, 0, 0, 0], [0, 14, 0, 11], [0, 0, 0, 25]])
+def test_packed_pieces_of_any_length_by_the_kernels(run, lengths):
+    pytest.importorskip("triton")
+    for borders in (BORDERS["empty ones"], BORDERS["inside pieces"]):
+        run(check_kernels, "plain", 4, False, lengths, 25, borders)
+
+
+@pytest.mark.parametrize("borders", [[0, 30, 120, 120, 170], [0, 170]])
+def test_packed_pieces_in_several_segments(run, borders):
+    pytest.importorskip("triton")
+    run(check_kernels, "g", 2, False, [100, 70], 170, borders)
+
+
+def test_pieces_with_wide_values(run):
+    """(More than `hla.kernels.pairs` takes.)"""
+    pytest.importorskip("triton")
+    run(check_kernels, "g", 2, False, [70, 30], 100, None, 144)
+
+
+def check_misuse(groups, rank):
+    if rank >= 2:
+        return
+    parallel = SequenceParallel(groups[2])
+    x = Inputs("hla_q4", "g", T=20, dtype=torch.float32)
+    q, k, v, kw = x.with_tensors({n: y[:, :10].clone().requires_grad_() for n, y in x.tensors().items()})
+    call = lambda f, *tensors: f("hla_q", *tensors, **kw, backend="triton")  # noqa: E731
+    o, _ = call(parallel.run, q, k, v)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(o.sum(), v, create_graph=True)
+    with torch.no_grad():
+        o, _ = call(parallel.run, q, k, v)
+        assert not o.requires_grad
+        pending = call(parallel.begin, q, k, v)
+        k.mul_(2)
+        with pytest.raises(RuntimeError, match="changed in place after `begin`"):
+            pending.finish()
+        pending.told()  # (on its way)
+        kw["g"] = kw["g"][:0]
+        assert call(parallel.run, q[:0], k[:0], v[:0])[0].shape == (0, 10, 4, 5)
+
+
+def test_what_goes_wrong_is_said(run):
+    pytest.importorskip("triton")
+    run(check_misuse)
+
+
+def check_compiled(groups, rank):
+    if rank >= 2:
+        return
+    parallel = SequenceParallel(groups[2])
+    x = Inputs("hla_q4", "g", T=20, dtype=torch.float32)
+    tensors = [y[:, :10].clone().requires_grad_() for y in x.tensors().values()]
+
+    def output(q, k, v, g):
+        return parallel.run("hla_q", 2 * q, k, v, g=g, order=4, backend="triton")[0].square()
+
+    found, expected = torch.compile(output, backend="eager")(*tensors), output(*tensors)
+    assert torch.equal(found, expected)
+    for y, z in zip(*(torch.autograd.grad(o.sum(), tensors) for o in (found, expected)), strict=True):
+        assert torch.equal(y, z)
+
+
+def test_compiled_around_pieces(run):
+    pytest.importorskip("triton")
+    run(check_compiled)
