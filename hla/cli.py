@@ -233,8 +233,8 @@ def train_command(
         bool | None,
         typer.Option(
             "--shard/--no-shard",
-            help="Ranks of --dp share weights, gradients and moments, or each has all of them (default: the latter on "
-            "GPUs where they are small, which is faster).",
+            help="Ranks of --dp and --sp share weights, gradients and moments, or each has all of them (default: the "
+            "latter with --dp alone on GPUs where they are small, which is faster).",
             rich_help_panel="Scale",
         ),
     ] = DEFAULT.shard,

@@ -209,8 +209,8 @@ def _train(
     shares = world.size > 1 and config.shares(mesh, device.type, parameters, -int(world.highest(-memory)))
     where, precision = str(device), "bfloat16 autocast" if half else "float32"
     if world.size > 1:
-        kept = f"{mesh[0]}, {mesh[1]}, {mesh[2]}" if shares else f"{mesh[0]}; each has the whole model"
-        where = f"{world.size} ranks on {device.type} (dp{', sp, tp' if shares else ''}: {kept})"
+        whole = "" if shares else "; each has the whole model"
+        where = f"{world.size} ranks on {device.type} (dp, sp, tp: {mesh[0]}, {mesh[1]}, {mesh[2]}{whole})"
     if shares:
         precision = "bfloat16" if half else "float32"
     for line in (
@@ -227,7 +227,7 @@ def _train(
     elif world.size > 1:
         from hla.distributed.replicas import Replicas
 
-        spread = world.together(lambda: Replicas(model, world, device, dtype, config))
+        spread = world.together(lambda: Replicas(model, mesh, world, device, dtype, config))
     else:
         torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
         if config.recompute:

@@ -138,8 +138,8 @@ class TrainConfig:
         whole = ranks == 1 or (self.sp == self.tp == 1 and not self.shard)
         _check(whole or not self.cuda_graphs, "cuda_graphs needs the whole model on each GPU: no sp, no tp, no --shard")
         _check(
-            ranks == 1 or self.shard is not False or (self.sp == self.tp == 1 and not self.compile),
-            "with --no-shard every rank has the whole model: that goes with dp alone, and without --compile",
+            ranks == 1 or self.shard is not False or (self.tp == 1 and not self.compile),
+            "with --no-shard every rank has the whole model: that goes with dp and sp, and without --compile",
         )
         _check(ranks == 1 or "-" not in self.data, "standard input cannot be read by several processes: use a file")
         return dp, self.sp, self.tp

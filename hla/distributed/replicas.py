@@ -1,7 +1,8 @@
-"""A training run whose ranks all have the whole model, and share out the rows of a batch.
+"""A training run whose ranks all have the whole model, and share out the rows of a batch, and with sp the sequences.
 
-What travels is the sum of the gradients, once a step. The rest is the run of one process: float32 weights, autocast,
-and on GPUs the forward and backward pass of a micro-batch as a CUDA graph, which FSDP's gathers would not let capture.
+What travels is the sum of the gradients, once a step, and with sp what pieces of a sequence tell each other. The rest
+is the run of one process: float32 weights, autocast, and on GPUs, without sp, the forward and backward pass of a
+micro-batch as a CUDA graph, which FSDP's gathers would not let capture.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 
 from hla.build import recompute_activations
 from hla.data import Row, pack_rows
+from hla.distributed.sequence import SequenceParallel
 from hla.distributed.training import Spread
 from hla.distributed.world import World
+from hla.errors import HLAError
 from hla.graphed import GraphedTraining
 from hla.loss import mean_loss
 from hla.train_config import TrainConfig
@@ -35,22 +39,39 @@ class Replicas(Spread):
 
     Args:
         model: the same on every rank; it goes to the device in place.
+        mesh: sizes of dp, sp and tp, which is 1.
+
+    Raises:
+        HLAError: the model has no sequence parallelism.
     """
 
     def __init__(
-        self, model: PreTrainedModel, world: World, device: torch.device, dtype: torch.dtype, config: TrainConfig
+        self,
+        model: PreTrainedModel,
+        mesh: tuple[int, int, int],
+        world: World,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: TrainConfig,
     ) -> None:
         self.world, self.device, self.dtype = world, device, dtype
         torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
         if config.recompute:
             recompute_activations(model)
         self.model = model  # type: ignore[assignment]
-        self.replicas, self.pieces, self.heads = world.size, 1, 1
-        self.replica, self.sequence = world.rank, None
+        self.replicas, self.pieces, self.heads = mesh
+        self.replica, self.sequence = world.rank // self.pieces, None
+        if self.pieces > 1:
+            devices = init_device_mesh(device.type, mesh[:2], mesh_dim_names=("dp", "sp"))
+            self.sequence = SequenceParallel(devices["sp"])
+            try:
+                self.model.set_sequence_parallel(self.sequence)
+            except ValueError as error:
+                raise HLAError(f"the model cannot be spread: {error}") from error
         for p in model.parameters():  # the same to the bit, also where processors of two kinds have drawn them
             dist.broadcast(p.detach(), 0)
         self.gradients = _in_one_piece([p for p in model.parameters() if p.requires_grad])
-        self.graphed = GraphedTraining(model, dtype, captures=config.captures(device.type))
+        self.graphed = GraphedTraining(model, dtype, captures=self.pieces == 1 and config.captures(device.type))
 
     def step(
         self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Row]], clip: float
@@ -59,7 +80,7 @@ class Replicas(Spread):
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for rows in batches:
             mine, weight = self.share(rows)
-            if weight:  # (nobody waits for a rank before the sum)
+            if weight:  # (nobody waits before the sum for a rank with other rows)
                 loss += self.graphed(*self.cut(pack_rows(mine)), tokens)
         self.graphed.settle()  # (if this rank had no rows in the whole step)
         dist.all_reduce(self.gradients)

@@ -149,11 +149,11 @@ def test_every_mesh_makes_the_run_of_one_process(mesh, whole, corpus, pool, tmp_
     assert (out / "train.toml").read_text() == (whole / "train.toml").read_text().replace(str(whole), str(out))
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_replicas_make_the_run_of_one_process(ranks, whole, corpus, pool, tmp_path):
+@pytest.mark.parametrize("mesh", [(2, 1, 1), (4, 1, 1), (1, 2, 1), (2, 2, 1)], ids=str)
+def test_replicas_make_the_run_of_one_process(mesh, whole, corpus, pool, tmp_path):
     """Also where a micro-batch has no row for some of them, and with recomputation."""
-    out = tmp_path / "run"
-    pool(ranks).run(run_train, config(corpus, out, (ranks, 1, 1), shard=False, recompute=ranks == 4))
+    out, ranks = tmp_path / "run", mesh[0] * mesh[1]
+    pool(ranks).run(run_train, config(corpus, out, mesh, shard=False, recompute=ranks == 4))
     close(losses(out), losses(whole))
     same_records(out, whole)
     saved, expected = (tensors(checkpoints(folder)[-1]) for folder in (out, whole))
@@ -168,7 +168,7 @@ def test_replicas_go_on_as_shards_and_the_other_way_round(whole, corpus, pool, t
     out = tmp_path / "run"
     pool(4).run(run_until, config(corpus, out, (4, 1, 1), shard=False), 5, signal.SIGINT, 3)
     pool(2).run(run_until, config(corpus, out, (2, 1, 1), resume=True), 9, signal.SIGTERM, 1)
-    pool(2).run(run_until, config(corpus, out, (2, 1, 1), shard=False, resume=True), 13, signal.SIGINT, 0)
+    pool(2).run(run_until, config(corpus, out, (1, 2, 1), shard=False, resume=True), 13, signal.SIGINT, 0)
     train(config(corpus, out, resume=True), Console(quiet=True))
     close(losses(out), losses(whole))
 
@@ -402,8 +402,8 @@ WRONG = [
     ({"dp": 4, "batch_size": 6}, 4, "batch_size must be divisible by dp: 6 rows for 4 ranks"),
     ({"sp": 3, "context": 32}, 3, "context must be divisible by sp: 32 tokens for 3 ranks"),
     ({"data": ("-",)}, 2, "standard input cannot be read by several processes"),
-    ({"sp": 2, "shard": False}, 2, "with --no-shard every rank has the whole model: that goes with dp alone"),
-    ({"compile": True, "shard": False}, 2, "that goes with dp alone, and without --compile"),
+    ({"tp": 2, "shard": False}, 2, "with --no-shard every rank has the whole model: that goes with dp and sp"),
+    ({"compile": True, "shard": False}, 2, "that goes with dp and sp, and without --compile"),
 ]
 
 
