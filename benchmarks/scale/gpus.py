@@ -44,6 +44,7 @@ import hla
 from benchmarks.cuda.guard import Budget, free, guarded
 from benchmarks.measure import environment, gpu_software
 from benchmarks.scale import formulas
+from benchmarks.scale.gpus_plot import plot
 from benchmarks.scale.gpus_training import KEY, training
 from benchmarks.scale.ranks import Exchanges, Ranks, Table, in_turns, peak_gib, print_table, rounded
 from benchmarks.scale.times import Links, Rates, fold_seconds, summary_seconds, told_back
@@ -226,7 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--budget", type=float, default=150.0, help="seconds after which nothing new starts")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scale_gpus.csv"))
-    parser.add_argument("--report", action="store_true", help="measure nothing (without torchrun): tables of OUT")
+    parser.add_argument("--report", action="store_true", help="measure nothing (without torchrun): tables, plot of OUT")
     args = parser.parse_args()
     args.lengths.sort()
     training_out = args.out.with_stem(f"{args.out.stem}_training")
@@ -236,6 +237,7 @@ def main() -> None:
         for path in (args.out, training_out):
             if path.is_file():
                 print_table(path)
+        plot(args.out, training_out, args.out.with_suffix(".png"))
         return
     if "LOCAL_RANK" not in os.environ:
         parser.error("start it with torchrun: torchrun --nproc-per-node 2 -m benchmarks.scale.gpus")
@@ -249,6 +251,8 @@ def main() -> None:
         operators(args, ranks, Table(args.out, ranks, where, ("operator", "T")), rates, budget)
     if "training" in args.parts:
         training(args, ranks, Table(training_out, ranks, where, KEY), rates, budget)
+    if ranks.rank == 0:
+        plot(args.out, training_out, args.out.with_suffix(".png"))
     ranks.say(f"wrote {args.out} and what is beside it")
     dist.destroy_process_group()
 

@@ -27,6 +27,7 @@ def test_two_processes(tmp_path):
     assert (row["gpus"], row["operator"], row["T"], row["error"]) == ("2", "hla_q", "64", "")
     assert max(float(row[f"error_{name}"]) for name in ("o", "q", "k", "v", "g", "ridge")) < 1e-5
     assert float(row["efficiency"]) > 0 and row["waiting_ms"] and float(row["piece_ms"]) > 0
+    assert out.with_suffix(".png").stat().st_size > 10_000
     alone, spread = csv.DictReader(open(tmp_path / "rows_training.csv"))
     assert [alone[x] for x in ("dp", "sp", "tp", "error")] == ["1", "1", "1", ""]
     assert [spread[x] for x in ("dp", "sp", "tp", "error")] == ["1", "2", "1", ""]
