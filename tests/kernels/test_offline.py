@@ -79,6 +79,12 @@ READINGS_MAY_SPILL = {
     (86, "readings", 128, "bfloat16"): 32,
     (89, "readings", 64, "bfloat16"): 16,
 }
+# (capability, "pieces", K = V, dtype): what pieces of a spread sequence launch for hla_q beyond that: likewise.
+PIECES_MAY_SPILL = {
+    (90, "pieces", 64, "bfloat16"): 0,
+    (90, "pieces", 128, "bfloat16"): 0,
+    (86, "pieces", 128, "float16"): 0,
+}
 # (capability, "training", K = V, dtype): what surrounds an operator in training, and summaries: likewise.
 TRAINING_MAY_SPILL = {
     (90, "training", 128, "bfloat16"): 0,
@@ -100,7 +106,7 @@ LOSS_MAY_SPILL = {
     (86, "loss", 257, "bfloat16"): 0,
 }
 MAY = MAY_SPILL | STEP_MAY_SPILL | BLOCK_MAY_SPILL | READINGS_MAY_SPILL | TRAINING_MAY_SPILL | ROTARY_MAY_SPILL
-MAY |= LOSS_MAY_SPILL
+MAY |= LOSS_MAY_SPILL | PIECES_MAY_SPILL
 PROCESSES = 2
 
 
@@ -207,6 +213,44 @@ def launches_of_readings(capability: int, _: str, D: int, dtype: str) -> list:
     return list(kinds.values())
 
 
+def launches_of_pieces(capability: int, _: str, D: int, dtype: str) -> list:
+    """The second of three pieces, of whole sequences and of packed ones: sums, folds, what goes over the borders."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    import torch
+
+    from hla.distributed import exchange, readings
+    from hla.distributed.packing import Packing
+    from hla.ops.checks import check_call
+    from tests.kernels.offline import record
+
+    pretend(capability)
+    parallel = SimpleNamespace(rank=1, size=3, group=None)
+    nobody = dict(
+        __init__=lambda self, group: None, gather=lambda self, x: x.new_zeros(3, x.numel()), land=lambda self: None
+    )
+    new = lambda *shape: torch.zeros(1, 1024, *shape, dtype=getattr(torch, dtype), requires_grad=True)  # noqa: E731
+    borders = torch.tensor([0, 500, 1500, 3072], dtype=torch.int32)
+
+    def both(packing: Packing | None) -> None:
+        cu = None if packing is None else packing.local
+        g = torch.zeros(1, 1024, 1, requires_grad=True)
+        call = check_call("hla_q", new(2, D), new(1, D), new(1, D), g=g, order=4, cu_seqlens=cu)
+        readings.PendingReadings(parallel, call, None, packing).finish()[0].sum().backward()
+
+    with mock.patch.multiple(exchange.Flight, **nobody):
+        launches = record(lambda: [both(None), both(Packing(borders, [0, 1024, 2048, 3072], 1))])
+    # (The kernels of the operator itself have rows of their own.)
+    own = ("_fold", "_enter", "_table", "walk", "moments", "scan_later")
+    picked = {}
+    for x in launches:
+        if x.kernel.__name__ in own and x.arguments.get("ALL", True):
+            picked.setdefault(compilation(x), x)
+    assert {x.kernel.__name__ for x in picked.values()} >= {"_fold", "_enter", "_table", "walk"}
+    return list(picked.values())
+
+
 def launches_of_training(capability: int, _: str, D: int, dtype: str) -> list:
     import torch
 
@@ -267,6 +311,7 @@ def launches_of_row(row: tuple) -> list:
     for table, launches in (
         (ROTARY_MAY_SPILL, launches_of_rotary),
         (READINGS_MAY_SPILL, launches_of_readings),
+        (PIECES_MAY_SPILL, launches_of_pieces),
         (TRAINING_MAY_SPILL, launches_of_training),
         (STEP_MAY_SPILL, launches_of_step),
         (BLOCK_MAY_SPILL, launches_of_block),
