@@ -116,6 +116,19 @@ def count_kernels(sp: dist.ProcessGroup) -> Iterator[Check]:
     yield "summaries by kernels", formulas.fold_bytes(TINY, size, ROWS), piece - alone
 
 
+def count_chains(sp: dist.ProcessGroup) -> Iterator[Check]:
+    """The other operators by their kernels: what they receive."""
+    size, (q, k, v) = dist.get_world_size(sp), _heads(torch.float32)
+    H, HKV, K, V = TINY.num_attention_heads, TINY.num_key_value_heads, TINY.head_dim, TINY.head_v_dim
+    for op in ("linear_attn", "hla2", "ahla", "hla3"):
+        pieces = [y[:, :, : TOKENS // size].transpose(1, 2).clone().requires_grad_() for y in (q, k, v)]
+        with Counter(size) as counter:
+            SequenceParallel(sp).run(op, *pieces, backend="triton")[0].sum().backward()
+        decays, states = formulas.chain_numbers(op, HKV=HKV, HP=H, K=K, V=V)
+        told = (size - 1) * ROWS * formulas.F32
+        yield f"{op} by kernels", Traffic(all_gather=told * (decays + 2 * states)), counter.traffic
+
+
 def _kept(function: Callable[[], Any]) -> int:
     """Bytes that a function keeps for its backward pass."""
     storages: dict[int, Any] = {}
@@ -286,6 +299,7 @@ def all_checks(sp: dist.ProcessGroup) -> Iterator[Check]:
     yield from count_layer(sp)
     if HAS_TRITON:
         yield from count_kernels(sp)
+        yield from count_chains(sp)
     for checkpointing in (False, True):
         yield from count_model(sp, checkpointing)
         yield from count_fsdp(sp, checkpointing)

@@ -188,6 +188,17 @@ def summary_numbers(op: str, *, HKV: int, HP: int, K: int, V: int, order: int = 
     }[op]
 
 
+def chain_numbers(op: str, *, HKV: int, HP: int, K: int, V: int) -> tuple[int, int]:
+    """What a rank tells by the kernels of chains, stage after stage (`hla.distributed.chains`): decays, and states."""
+    keys, moment, last = HKV * K * K, HKV * K * V, HP * K * V
+    return {
+        "linear_attn": (HKV, moment),
+        "hla2": (HKV + HP, keys + last),
+        "ahla": (HKV + HP, moment + last),
+        "hla3": (2 * HKV + HP, keys + moment + last),
+    }[op]
+
+
 def summary_bytes(config: HLAConfig) -> int:
     HKV = config.num_key_value_heads
     return F32 * summary_numbers(config.op, HKV=HKV, HP=HKV, K=config.head_dim, V=config.head_v_dim)

@@ -169,15 +169,18 @@ def operator(ranks: Ranks, op: str, length: int, seconds: float, row: Row) -> No
 def expected(op: str, length: int, gpus: int, rates: Rates, links: Links) -> Row:
     config = HLAConfig(hidden_size=HEADS * DIM, num_attention_heads=HEADS, op=op)
     told = (gpus - 1) * formulas.summary_bytes(config)
-    seconds = None
-    if op == "hla_q":
+    received, seconds = 2 * told, None
+    if op != "hla_q":
+        decays, states = formulas.chain_numbers(op, HKV=HEADS, HP=HEADS, K=DIM, V=DIM)
+        received = (gpus - 1) * formulas.F32 * (decays + 2 * states)
+    else:
         local = length / gpus
         seconds = rates.mixer(op, config, round(local))[1]
         if gpus > 1:
             seconds += summary_seconds(config, rates, local, 0) + fold_seconds(config, rates, gpus, 0)
             seconds += links.gather(told, gpus) + told_back(config, rates, links, gpus, local)
     return {
-        "expected_received_mib": round(2 * told / 2**20, 2),
+        "expected_received_mib": round(received / 2**20, 2),
         "expected_both_ms": "" if seconds is None else round(1e3 * seconds, 2),
     }
 

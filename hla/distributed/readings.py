@@ -142,39 +142,37 @@ class _Readings(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dS=None, dP=None):
         refuse_double_backward()
-        borders, rank = ctx.borders, ctx.parallel.rank
+        borders = ctx.borders
         q, k, v, g, ridge, nodes, S0, P0, S, P, decays, *rest = ctx.saved_tensors
         behind, (x, *entered) = rest[: ctx.behind], rest[ctx.behind :]
         if borders is not None:
             S, P = (borders.placed(y, borders.head) for y in (S, P))
             behind = [borders.placed(y, borders.tail) for y in behind]
-        of_S, of_P = (_FromBehind(ctx, decays, y) for y in (dS, dP))
+        of_S, of_P = (FromBehind(ctx.parallel, decays, y, ctx.final, borders) for y in (dS, dP))
         needed = (*ctx.needs_input_grad[1:7], False, False)
         found = gradients_of(
             ctx.sizes, ctx.scale, q, k, v, g, ridge, nodes, S, P, x, entered, behind, do,
             Behind(of_S, of_P, None if borders is None else borders.head), needed,
         )  # fmt: skip
-        initial: list[Tensor | None] = [None, None]
-        if S0 is not None:
-            until, whole = (y.sum(0).exp2()[..., None, None] for y in (decays[:rank], decays))
-            for i, (x0, told) in enumerate(((S0, of_S), (P0, of_P))):
-                y = until * told.own if told.dfinal is None else until * told.own + whole * told.dfinal
-                initial[i] = y.to(x0.dtype)
-        results = [*found[:6], *initial]
+        results = [*found[:6], of_S.of_initial(S0), of_P.of_initial(P0)]
         return None, *(y if need else None for y, need in zip(results, ctx.needs_input_grad[1:], strict=True))
 
 
-class _FromBehind(Asked):
-    """The gradient of S or P behind this piece, folded from what the later ones tell.
+class FromBehind(Asked):
+    """The gradient of a state behind this piece, folded from what the later ones tell.
 
     Args:
-        decays: the log2-decays of all pieces. dfinal: this rank's part of the gradient of the state behind the whole
-            sequence, or None.
+        decays: the log2-decays of all pieces ``[ranks, N, H]``.
+        dfinal: this rank's part of the gradient of the state behind the whole sequence, or None.
+        has_final: whether any rank may have such a part.
     """
 
-    def __init__(self, ctx, decays: Tensor, dfinal: Tensor | None):
-        self.parallel, self.borders, self.has_final = ctx.parallel, ctx.borders, ctx.final
-        self.decays, self.dfinal = decays, dfinal
+    def __init__(
+        self, parallel: SequenceParallel, decays: Tensor, dfinal: Tensor | None, has_final: bool,
+        borders: Borders | None = None,
+    ):  # fmt: skip
+        self.parallel, self.decays, self.dfinal = parallel, decays, dfinal
+        self.has_final, self.borders = has_final, borders
 
     def tell(self, own: Tensor) -> None:
         self.own, message = own, own[None]
@@ -192,3 +190,13 @@ class _FromBehind(Asked):
             return self.borders.placed(found, self.borders.tail)
         later = range(self.parallel.rank + 1, self.parallel.size)
         return folded(of_pieces, self.decays, last, parts=later, reverse=True)
+
+    def of_initial(self, initial: Tensor | None) -> Tensor | None:
+        """This rank's part of the gradient of the state before the whole sequence, if there is one."""
+        if initial is None:
+            return None
+        until, whole = (
+            y.sum(0).exp2()[..., None, None] for y in (self.decays[: self.parallel.rank], self.decays)
+        )  # fmt: skip
+        y = until * self.own if self.dfinal is None else until * self.own + whole * self.dfinal
+        return y.to(initial.dtype)

@@ -30,8 +30,8 @@ class SequenceParallel:
     A segment of a sequence can be summarised by a few moments of its own tokens (`hla.ops.segments`). So every rank
     summarises its piece, one all-gather tells the summaries to all, every rank folds those of the ranks before it into
     the state that enters its piece, and from there its piece is a sequence like any other. In the backward pass the
-    gradients of the summaries go the way back in one all-to-all (by the kernels of hla_q in two gathers of half the
-    size). What is sent does not depend on the length.
+    gradients of the summaries go the way back in one all-to-all. (By kernels, `readings` and `chains`, every state of
+    an operator has a gather back, and those of chains one there.) What is sent does not depend on the length.
 
     Args:
         group: the process group, or a one-dimensional `DeviceMesh`; None means the default group.
@@ -135,10 +135,12 @@ class SequenceParallel:
             check_state(call, initial_state, q.shape[0] if packing is None else packing.sequences, "initial_state")
         kernels = dispatch(call.op, "chunk", backend, q.device, compute_dtype(q, v)) is fused
         if self.size > 1 and kernels:
-            from hla.distributed import readings
+            from hla.distributed import chains, readings
 
             if readings.takes(call, initial_state, packing):
                 return readings.begin(self, call, initial_state, packing)
+            if chains.takes(call, packing):
+                return chains.begin(self, call, initial_state)
         return PendingSummaries(self, call, initial_state, packing, backend)
 
     def _packing(self, cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:

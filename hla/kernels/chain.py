@@ -11,7 +11,7 @@ pass needs of the forward one.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -113,22 +113,35 @@ def chain(
     output_final_states: bool = True,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As `hla.ops.linear_attn.chain`; without ``output_final_states`` the second list is empty."""
+    plan, flat = prepared(stages, tensors, per_token, g, outputs, initial_states, output_final_states)
+    n = len(outputs)
+    results = _operation(encode(plan), n + (len(stages) if output_final_states else 0), flat[0], cu_seqlens, *flat[1:])
+    return results[:n], results[n:]
+
+
+def prepared(
+    stages: Sequence[Stage],
+    tensors: dict[str, Tensor],
+    per_token: dict[str, Tensor],
+    g: Tensor | None,
+    outputs: dict[str, torch.dtype],
+    initial_states: Sequence[Tensor | None],
+    output_final_states: bool,
+) -> tuple[Plan, list[Tensor | None]]:
+    """The plan of a chain, and (g, tensors, per-token numbers, initial states) as the kernels take them."""
     plan = Plan(
         tuple(stages), tuple(tensors), tuple(per_token), tuple(x is not None for x in initial_states),
         tuple((name, str(dtype).removeprefix("torch.")) for name, dtype in outputs.items()), output_final_states,
     )  # fmt: skip
-    flat = [
-        None if g is None else g.float().contiguous(), cu_seqlens,
+    return plan, [
+        None if g is None else g.float().contiguous(),
         *(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors.values()),
         *(x.float().contiguous() for x in per_token.values()),
         *(x for x in initial_states if x is not None),
-    ]  # fmt: skip
-    n = len(outputs)
-    results = _operation(encode(plan), n + (len(stages) if output_final_states else 0), *flat)
-    return results[:n], results[n:]
+    ]
 
 
-class _Sizes:
+class Sizes:
     """Heads of what a stage reads and writes, and widths, by name; the dtype of what passes between stages."""
 
     def __init__(self, plan: Plan, x: dict[str, Tensor], g: Tensor | None):
@@ -155,7 +168,7 @@ def _forward(
     """(outputs, and final states if wanted; what stages pass on)."""
     p = decode(plan)
     x, initial = p.unflatten(flat)
-    sizes = _Sizes(p, x, g)
+    sizes = Sizes(p, x, g)
     shape = sizes.cut(cu_seqlens)
     pattern = matches(p)
     if pattern is not None and fits(pattern, x, g, shape):
@@ -166,25 +179,41 @@ def _forward(
         return [together.o, *together.finals], together.kept
     dtypes = dict(p.outputs)
     finals: list[Tensor] = []
-    for i, s in enumerate(p.stages):
-        (ridge, residual), *more = s.residuals or ((0.0, None),)
-        done = read(
-            x[s.query], x[s.keys], x[s.values], g, shape, heads=sizes.of[s.out][0], gate=s.gate,
-            reverse=s.mode == "reversed", strict=s.mode == "strict", factor=_number(s.gain, x),
-            ridge=_number(ridge, x), residual=None if residual is None else x[residual], initial=initial[i],
-            final=p.finals, out_dtype=DTYPES[dtypes[s.out]] if s.out in dtypes else sizes.passed,
-        )  # fmt: skip
-        for ridge, residual in more:
-            done.o.add_(_times(_number(ridge, x), x[residual]))
-        x[s.out] = done.o
-        finals += [] if done.final is None else [done.final]
-    return [*(x[name] for name in dtypes), *finals], [x[name].clone() if name in dtypes else x[name] for name in p.kept]
+    for s, state in zip(p.stages, initial, strict=True):
+        final = run_stage(p, s, x, g, sizes, shape, initial=state, final=p.finals)
+        finals += [] if final is None else [final]
+    return [*(x[name] for name in dtypes), *finals], kept_of(p, x)
+
+
+def run_stage(
+    p: Plan, s: Stage, x: dict[str, Tensor], g: Tensor | None, sizes: Sizes, shape: Cut, *, initial: Tensor | None,
+    final: bool, entered: Tensor | None = None,
+) -> Tensor | None:  # fmt: skip
+    """Adds what a stage writes to x; returns the final state, if wanted. entered: see `read`."""
+    dtypes = dict(p.outputs)
+    (ridge, residual), *more = s.residuals or ((0.0, None),)
+    done = read(
+        x[s.query], x[s.keys], x[s.values], g, shape, heads=sizes.of[s.out][0], gate=s.gate,
+        reverse=s.mode == "reversed", strict=s.mode == "strict", factor=number(s.gain, x), ridge=number(ridge, x),
+        residual=None if residual is None else x[residual], initial=initial, entered=entered, final=final,
+        out_dtype=DTYPES[dtypes[s.out]] if s.out in dtypes else sizes.passed,
+    )  # fmt: skip
+    for ridge, residual in more:
+        done.o.add_(_times(number(ridge, x), x[residual]))
+    x[s.out] = done.o
+    return done.final
+
+
+def kept_of(p: Plan, x: dict[str, Tensor]) -> list[Tensor]:
+    """What the backward pass needs of the forward one; results of the chain as copies."""
+    results = {name for name, _ in p.outputs}
+    return [x[name].clone() if name in results else x[name] for name in p.kept]
 
 
 def _fake(plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tensor) -> tuple[list, list]:
     p = decode(plan)
     x, _ = p.unflatten(flat)
-    sizes = _Sizes(p, x, g)
+    sizes = Sizes(p, x, g)
     new = flat[0].new_empty
     sequences = sizes.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     of = lambda name, dtype: new(sizes.batch, sizes.length, *sizes.of[name], dtype=dtype)  # noqa: E731
@@ -192,7 +221,7 @@ def _fake(plan: str, g: Tensor | None, cu_seqlens: Tensor | None, *flat: Tensor)
     return [*(of(name, DTYPES[dtype]) for name, dtype in p.outputs), *finals], [of(n, sizes.passed) for n in p.kept]
 
 
-def _number(value: float | str, x: dict[str, Tensor]) -> float | Tensor:
+def number(value: float | str, x: dict[str, Tensor]) -> float | Tensor:
     return x[value] if isinstance(value, str) else value
 
 
@@ -211,31 +240,52 @@ def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     g, cu_seqlens, *flat = tensors
     p = decode(plan)
     x, initial = p.unflatten(flat)
-    sizes = _Sizes(p, x, g)
     x |= dict(zip(p.kept, saved, strict=True))
-    names = [name for name, _ in p.outputs]
     need_g, _, *needed = needed
-    back = _Backward(x, need_g, g, sizes, cu_seqlens)
-    for name, dy in zip(names, grads, strict=False):
-        if dy is not None:
-            back.d[name] = dy.clone() if name in p.kept else dy.contiguous()  # (more may be added to the former)
-    dfinals = list(grads[len(names) : len(names) + len(p.stages)]) if p.finals else [None] * len(p.stages)
-    dinitial: dict[int, Tensor] = {}
-    for i in range(len(p.stages) - 1, -1, -1):
-        dinitial[i] = back.stage(p.stages[i], sizes.states[i], initial[i], dfinals[i])
-    results: list[Tensor | None] = []
-    for name, need in zip(p.tensors + p.per_token, needed, strict=False):
-        dx = back.d.get(name) if need else None
-        results.append(torch.zeros_like(x[name]) if need and dx is None else dx)
+    n = len(p.outputs)
+    dfinals = list(grads[n : n + len(p.stages)]) if p.finals else [None] * len(p.stages)
+    dg, results, dinitial = gradients_of(
+        p, x, g, initial, grads[:n], [need_g, *needed], cu_seqlens, lambda back, i: (dfinals[i], None)
+    )
     given_states = [i for i, is_given in enumerate(p.initial) if is_given]
     for i, need in zip(given_states, needed[len(p.tensors) + len(p.per_token) :], strict=False):
         results.append(dinitial[i] if need else None)
-    dg = (
-        _gate_gradient(p, sizes, back, initial, [dinitial[i] for i in range(len(p.stages))], cu_seqlens)
-        if need_g
-        else None
-    )
     return [dg, None, *results]
+
+
+def gradients_of(
+    p: Plan,
+    x: dict[str, Tensor],
+    g: Tensor | None,
+    initial: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    cu_seqlens: Tensor | None,
+    behind: Callable[[Backward, int], tuple[Tensor | None, Tensor | None]],
+) -> tuple[Tensor | None, list[Tensor | None], list[Tensor]]:
+    """The gradients of g, of tensors and per-token numbers, and of what enters each stage (empty where None does).
+
+    Args:
+        x: by name, what stages passed on included. initial: what enters each stage.
+        needed: whether those of g, tensors and numbers are.
+        behind: of a stage, when its turn comes: the gradient of the state behind it, and what enters the segments of a
+            split from behind, if that is known (`Backward.stage`).
+    """
+    sizes = Sizes(p, x, g)
+    back = Backward(x, needed[0], g, sizes, cu_seqlens)
+    for (name, _), dy in zip(p.outputs, grads, strict=True):
+        if dy is not None:
+            back.d[name] = dy.clone() if name in p.kept else dy.contiguous()  # (more may be added to the former)
+    dinitial: dict[int, Tensor] = {}
+    for i in range(len(p.stages) - 1, -1, -1):
+        dinitial[i] = back.stage(p.stages[i], sizes.states[i], initial[i], *behind(back, i))
+    entering = [dinitial[i] for i in range(len(p.stages))]
+    results: list[Tensor | None] = []
+    for name, need in zip(p.tensors + p.per_token, needed[1:], strict=False):
+        dx = back.d.get(name) if need else None
+        results.append(torch.zeros_like(x[name]) if need and dx is None else dx)
+    dg = _gate_gradient(p, sizes, back, initial, entering, cu_seqlens) if needed[0] else None
+    return dg, results, entering
 
 
 def _results(plan: str) -> int:
@@ -246,10 +296,10 @@ def _results(plan: str) -> int:
 _operation = Operation("chain", _forward, _fake, _backward, first_saved=_results)
 
 
-class _Backward:
+class Backward:
     """Gradients by name, added up as stages are left."""
 
-    def __init__(self, x: dict[str, Tensor], gated: bool, g: Tensor | None, sizes: _Sizes, cu_seqlens: Tensor | None):
+    def __init__(self, x: dict[str, Tensor], gated: bool, g: Tensor | None, sizes: Sizes, cu_seqlens: Tensor | None):
         self.x, self.g, self.sizes, self.shape = x, g, sizes, sizes.cut(cu_seqlens)
         self.chunks = functools.cache(
             lambda chunk: cut_every(chunk, sizes.batch, sizes.length, cu_seqlens, sizes.device)
@@ -292,42 +342,60 @@ class _Backward:
             self.add(s.keys, done.other)
         return done
 
-    def stage(self, s: Stage, state: tuple[int, int, int], initial: Tensor | None, dfinal: Tensor | None) -> Tensor:
-        """Adds the gradients of what a stage read; returns that of its initial state."""
-        dy = self.d.pop(s.out, None)
+    def gradient_of(self, s: Stage) -> Tensor:
+        """Of what a stage wrote, zeros if nobody read it."""
+        if s.out not in self.d:
+            v = self.x[s.values]
+            self.d[s.out] = v.new_zeros(*v.shape[:2], self.sizes.of[s.out][0], v.shape[3])
+        return self.d[s.out]
+
+    def writing(self, s: Stage) -> tuple[Tensor | None, float]:
+        """Per-token weights and a factor of what the adjoint of a stage accumulates: its gain."""
+        gain, q = number(s.gain, self.x), self.x[s.query]
+        if isinstance(gain, Tensor):
+            return gain, 1.0
+        if gain == 0.0:
+            return q.new_zeros(*q.shape[:2], 1, dtype=torch.float32), 1.0
+        return None, float(gain)
+
+    def stage(
+        self, s: Stage, state: tuple[int, int, int], initial: Tensor | None, dfinal: Tensor | None,
+        later: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Adds the gradients of what a stage read; returns that of its initial state.
+
+        later: what enters the segments of a split from behind, in units of the factor of `writing`.
+        """
+        dy = self.gradient_of(s)
+        del self.d[s.out]
         q, k, v = self.x[s.query], self.x[s.keys], self.x[s.values]
         heads, hs = self.sizes.of[s.out][0], state[0]
-        if dy is None:
-            dy = v.new_zeros(*v.shape[:2], heads, v.shape[3])
-        gain = _number(s.gain, self.x)
         if self.goes_in_pairs(s, heads):
-            return self.in_pairs(s, state, dy, initial, dfinal)
-        write = gain if isinstance(gain, Tensor) else None
-        if not isinstance(gain, Tensor) and gain == 0.0:
-            write = q.new_zeros(*q.shape[:2], 1, dtype=torch.float32)
-        factor = 1.0 if isinstance(write, Tensor) else float(gain)
+            return self.in_pairs(s, state, dy, initial, dfinal, later)
+        gain, (write, factor) = number(s.gain, self.x), self.writing(s)
         reverse, strict = s.mode == "reversed", s.mode == "strict"
         common = dict(heads=heads, gate=s.gate, strict=strict, exact=self.gated)
 
         # The gradient of the final state knows nothing of the factor that the adjoints get in the end; and where heads
         # share a state, each has its own adjoint, and it enters once.
-        ends = _ends(dfinal, factor, heads // hs)
+        ends = ends_of(dfinal, factor, heads // hs)
         adjoint = dict(common, reverse=not reverse, write=write, factor=factor)
         wants_state = initial is not None
         twin = s.keys == s.values
         if not self.gated and both_at_once(k, q, dy, self.g):
-            values = keys = self.both(s, k, q, dy, v, initial=ends, final=wants_state, **adjoint)
+            values = keys = self.both(s, k, q, dy, v, initial=ends, entered=later, final=wants_state, **adjoint)
         else:
             values = self.reading(
-                s.values, k, q, dy, x=k if self.gated and twin else None, initial=ends, final=wants_state, **adjoint
-            )
+                s.values, k, q, dy, x=k if self.gated and twin else None, initial=ends, entered=later,
+                final=wants_state, **adjoint,
+            )  # fmt: skip
             keys = self.reading(
                 s.keys, v, dy, q, x=k if self.gated and not twin else None, initial=None if ends is None else ends.mT,
                 entered=None if values.entered is None else values.entered.mT, **adjoint,
             )  # fmt: skip
 
         fused = [r for r in s.residuals if r[1] == s.query and q.shape[2] == heads and dy.shape[-1] == q.shape[-1]][:1]
-        ridge = _number(fused[0][0], self.x) if fused else 0.0
+        ridge = number(fused[0][0], self.x) if fused else 0.0
         wants_dot = self.gated or isinstance(gain, Tensor)
         queries = self.reading(
             s.query, dy, v, k, reverse=reverse, factor=gain, x=q if wants_dot else None,
@@ -356,7 +424,7 @@ class _Backward:
             if isinstance(value, str):
                 self.add_number(value, row_dot(dy, self.x[name]))
             if (value, name) not in done:
-                self.add(name, _times(_number(value, self.x), dy))
+                self.add(name, _times(number(value, self.x), dy))
 
     def goes_in_pairs(self, s: Stage, heads: int) -> bool:
         """Whether chunks do from the states at their borders what would take three walks with EXACT (see `pairs`)."""
@@ -366,8 +434,9 @@ class _Backward:
         return self.gated and simple and of_query == heads and fits
 
     def in_pairs(
-        self, s: Stage, state: tuple[int, int, int], dy: Tensor, initial: Tensor | None, dfinal: Tensor | None
-    ) -> Tensor:
+        self, s: Stage, state: tuple[int, int, int], dy: Tensor, initial: Tensor | None, dfinal: Tensor | None,
+        later: Tensor | None,
+    ) -> Tensor:  # fmt: skip
         """As `stage`, with the gradient of the decays itself instead of what it is a sum of."""
         q, k, v, factor, (hs, K, _) = self.x[s.query], self.x[s.keys], self.x[s.values], float(s.gain), state
         assert self.g is not None
@@ -376,7 +445,7 @@ class _Backward:
         config = query_side_config(K, wide, device_config(q.device)[0])
         found = pairs.gradients(
             q, k, v, dy, g, self.shape, self.chunks(config.chunk), config, factor=factor, initial=initial,
-            ends=_ends(dfinal, factor, heads // hs), dx_dtype=self.dtype(s.query), gated=True,
+            ends=ends_of(dfinal, factor, heads // hs), later=later, dx_dtype=self.dtype(s.query), gated=True,
         )  # fmt: skip
         assert found.dg is not None
         self.dg = self.dg + s.gate * sum_heads(found.dg, self.sizes.gate)
@@ -391,7 +460,7 @@ class _Backward:
         self.d[name] = self.d[name] + y if name in self.d else y
 
 
-def _ends(dfinal: Tensor | None, factor: float, group: int) -> Tensor | None:
+def ends_of(dfinal: Tensor | None, factor: float, group: int) -> Tensor | None:
     """What enters an adjoint from behind, of a final state that a group of heads shares."""
     return None if dfinal is None else per_head(dfinal if factor == 1.0 else dfinal / factor, group)
 

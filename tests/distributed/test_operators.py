@@ -182,21 +182,24 @@ def test_low_precision_is_no_worse_than_in_one_process(run, name, dtype):
     run(check_float32, name, "g", dtype)
 
 
-def check_kernels(groups, rank, option, size, with_state, lengths=None, T=25, borders=None, V=5):
+def check_kernels(
+    groups, rank, option, size, with_state, lengths=None, T=25, borders=None, V=5, name="hla_q4"
+):  # fmt: skip
+    from hla.distributed.chains import PendingChain
     from hla.distributed.readings import PendingReadings
     from hla.kernels import segments as cuts
 
-    taken = []
+    taken, kind = [], PendingReadings if name == "hla_q4" else PendingChain
     finish = lambda self: taken.append(self) or real(self)  # noqa: E731
-    real, PendingReadings.finish = PendingReadings.finish, finish
+    real, kind.finish = kind.finish, finish
     before, cuts.SHORTEST_SEGMENT = cuts.SHORTEST_SEGMENT, 64
     try:
         check(
-            groups, rank, "hla_q4", option, size, torch.float32, borders, with_state, lengths, 2e-4, T,
-            V, backend="triton", finals=borders is None,
+            groups, rank, name, option, size, torch.float32, borders, with_state, lengths, 3e-4, T, V,
+            backend="triton", finals=borders is None,
         )  # fmt: skip
     finally:
-        cuts.SHORTEST_SEGMENT, PendingReadings.finish = before, real
+        cuts.SHORTEST_SEGMENT, kind.finish = before, real
     assert len(taken) == (rank < size)
 
 
@@ -284,3 +287,35 @@ def check_compiled(groups, rank):
 def test_compiled_around_pieces(run):
     pytest.importorskip("triton")
     run(check_compiled)
+
+
+def run_chain(run, name, option, size, with_state, lengths=None, T=25):
+    pytest.importorskip("triton")
+    run(check_kernels, option, size, with_state, lengths, T, None, 5, name)
+
+
+@pytest.mark.parametrize("name", ["linear_attn", "hla2", "ahla", "ahla3", "hla3", "hla_n1"])
+@pytest.mark.parametrize("option", ["plain", "g"])
+def test_pieces_by_the_kernels_of_chains(run, name, option):
+    run_chain(run, name, option, 4, option == "g")
+
+
+@pytest.mark.parametrize(
+    "name,option",
+    [
+        ("hla2", "g,p=k,per token"), ("hla2", "ridge,gain per token"), ("hla3", "value_ridge,value_gain"),
+        ("ahla", "p=HKV"), ("hla2", "g,normalize,ridge"), ("hla2", "scale"),
+    ],
+)  # fmt: skip
+def test_options_of_chains(run, name, option):
+    run_chain(run, name, option, 2, False)
+
+
+@pytest.mark.parametrize("name,option", [("hla2", "g"), ("hla3", "plain")])
+def test_chains_in_several_segments(run, name, option):
+    run_chain(run, name, option, 2, True, [100, 70], 170)
+
+
+@pytest.mark.parametrize("lengths", [[25, 0], [0, 25]])
+def test_chains_on_pieces_of_any_length(run, lengths):
+    run_chain(run, "hla2", "g", 2, True, lengths)
