@@ -50,17 +50,10 @@ class PendingChain(Pending):
 
 
 def _chain(
-    parallel: SequenceParallel,
-    stages: Sequence[Stage],
-    tensors: dict[str, Tensor],
-    per_token: dict[str, Tensor],
-    g: Tensor | None,
-    *,
-    outputs: dict[str, torch.dtype],
-    initial_states: Sequence[Tensor | None],
-    cu_seqlens: Tensor | None = None,
-    output_final_states: bool = True,
-) -> tuple[list[Tensor], list[Tensor]]:
+    parallel: SequenceParallel, stages: Sequence[Stage], tensors: dict[str, Tensor], per_token: dict[str, Tensor],
+    g: Tensor | None, *, outputs: dict[str, torch.dtype], initial_states: Sequence[Tensor | None],
+    output_final_states: bool, cu_seqlens: None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """As `hla.kernels.chain.chain`; the states are those before and behind the whole sequence."""
     plan, flat = prepared(stages, tensors, per_token, g, outputs, initial_states, output_final_states)
     results = _Chain.apply(parallel, encode(plan), *flat)

@@ -120,14 +120,9 @@ def chain(
 
 
 def prepared(
-    stages: Sequence[Stage],
-    tensors: dict[str, Tensor],
-    per_token: dict[str, Tensor],
-    g: Tensor | None,
-    outputs: dict[str, torch.dtype],
-    initial_states: Sequence[Tensor | None],
-    output_final_states: bool,
-) -> tuple[Plan, list[Tensor | None]]:
+    stages: Sequence[Stage], tensors: dict[str, Tensor], per_token: dict[str, Tensor], g: Tensor | None,
+    outputs: dict[str, torch.dtype], initial_states: Sequence[Tensor | None], output_final_states: bool,
+) -> tuple[Plan, list[Tensor | None]]:  # fmt: skip
     """The plan of a chain, and (g, tensors, per-token numbers, initial states) as the kernels take them."""
     plan = Plan(
         tuple(stages), tuple(tensors), tuple(per_token), tuple(x is not None for x in initial_states),

@@ -214,13 +214,13 @@ def launches_of_readings(capability: int, _: str, D: int, dtype: str) -> list:
 
 
 def launches_of_pieces(capability: int, _: str, D: int, dtype: str) -> list:
-    """The second of three pieces, of whole sequences and of packed ones: sums, folds, what goes over the borders."""
+    """The second of three pieces: sums, folds, what goes over the borders; of `hla_q` with packed sequences, too."""
     from types import SimpleNamespace
     from unittest import mock
 
     import torch
 
-    from hla.distributed import exchange, readings
+    from hla.distributed import chains, exchange, readings
     from hla.distributed.packing import Packing
     from hla.ops.checks import check_call
     from tests.kernels.offline import record
@@ -239,8 +239,18 @@ def launches_of_pieces(capability: int, _: str, D: int, dtype: str) -> list:
         call = check_call("hla_q", new(2, D), new(1, D), new(1, D), g=g, order=4, cu_seqlens=cu)
         readings.PendingReadings(parallel, call, None, packing).finish()[0].sum().backward()
 
+    def chain(op: str, **options) -> None:
+        call = check_call(op, new(2, D), new(1, D), new(1, D), **options)
+        chains.PendingChain(parallel, call).finish()[0].sum().backward()
+
+    def everything() -> None:
+        both(None)
+        both(Packing(borders, [0, 1024, 2048, 3072], 1))
+        chain("hla3")
+        chain("hla2", g=torch.zeros(1, 1024, 1, requires_grad=True), gain=torch.zeros(1, 1024, 2, requires_grad=True))
+
     with mock.patch.multiple(exchange.Flight, **nobody):
-        launches = record(lambda: [both(None), both(Packing(borders, [0, 1024, 2048, 3072], 1))])
+        launches = record(everything)
     # (The kernels of the operator itself have rows of their own.)
     own = ("_fold", "_enter", "_table", "walk", "moments", "scan_later")
     picked = {}
