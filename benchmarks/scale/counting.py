@@ -10,7 +10,7 @@ import os
 import socket
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from datetime import timedelta
 from typing import Any
 from unittest import mock
@@ -129,8 +129,8 @@ def count_chains(sp: dist.ProcessGroup) -> Iterator[Check]:
         yield f"{op} by kernels", Traffic(all_gather=told * (decays + 2 * states)), counter.traffic
 
 
-def _kept(function: Callable[[], Any]) -> int:
-    """Bytes that a function keeps for its backward pass."""
+def _kept(function: Callable[[], Any], without: Collection[int] = ()) -> int:
+    """Bytes that a function keeps for its backward pass, but for storages that begin at these addresses."""
     storages: dict[int, Any] = {}
 
     def keep(y: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ def _kept(function: Callable[[], Any]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y):
         result = function()
-    total = sum(s.nbytes() for s in storages.values())
+    total = sum(s.nbytes() for pointer, s in storages.items() if pointer not in without)
     del result
     return total
 
@@ -211,18 +211,9 @@ def count_memory(sp: dist.ProcessGroup) -> Iterator[Check]:
         assert isinstance(block.mixer, hla.layers.HigherOrderLinearAttention)
         block.mixer.sequence_parallel = parallel
         x = torch.randn(ROWS, tokens, TINY.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        storages: dict[int, Any] = {}
-
-        def keep(y: Tensor) -> Tensor:
-            storages[y.untyped_storage().data_ptr()] = y.untyped_storage()
-            return y
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda y: y), _as_on_gpus():
-            o = block(x)
         held = {p.untyped_storage().data_ptr() for p in block.parameters()}
-        total = sum(s.nbytes() for pointer, s in storages.items() if pointer not in held)
-        del o
-        return total
+        with _as_on_gpus():
+            return _kept(lambda: block(x), held)
 
     per_token = (kept(30, None) - kept(20, None)) / (10 * ROWS)
     yield "activations of a block per token", formulas.activation_bytes(TINY), per_token

@@ -11,19 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod
 
 import torch
 from torch import Tensor
 
-from hla.distributed.exchange import Flight
+from hla.distributed.exchange import Message
 from hla.distributed.packing import Packing
 from hla.distributed.readings import FromBehind
 from hla.distributed.sequence import Pending, SequenceParallel
 from hla.kernels.chain import Backward, Plan, Sizes, decode, encode, ends_of, gradients_of, kept_of, prepared, run_stage
 from hla.kernels.library import refuse_double_backward
-from hla.kernels.linear_attn import sums
-from hla.kernels.segments import enter, folded, in_parts
+from hla.kernels.linear_attn import shared, sums
+from hla.kernels.segments import enter, fold_segments, folded
 from hla.ops.checks import Call
 from hla.ops.higher_order import compose
 from hla.ops.linear_attn import Stage
@@ -31,18 +30,15 @@ from hla.ops.state import State
 
 
 def takes(call: Call, packing: Packing | None) -> bool:
-    """Whether `begin` takes this call."""
+    """Whether `PendingChain` takes this call."""
     return packing is None and call.op != "hla_q"
 
 
-def begin(parallel: SequenceParallel, call: Call, initial: State | None) -> Pending:
-    """Nothing begins before `Pending.finish`: what stages tell depends on what others were told."""
-    return PendingChain(parallel, replace(call, initial_state=initial))
-
-
 class PendingChain(Pending):
-    def __init__(self, parallel: SequenceParallel, call: Call):
-        self.parallel, self.call = parallel, call
+    """Nothing begins before `finish`: what stages tell depends on what others were told."""
+
+    def __init__(self, parallel: SequenceParallel, call: Call, initial: State | None):
+        self.parallel, self.call = parallel, replace(call, initial_state=initial)
 
     @torch.compiler.disable  # (kernels and collectives are launched from Python here)
     def finish(self) -> tuple[Tensor, State | None]:
@@ -60,15 +56,6 @@ def _chain(
     return list(results[: len(outputs)]), list(results[len(outputs) :])
 
 
-def _told(parallel: SequenceParallel, own: Tensor, decay: Tensor) -> tuple[Tensor, Tensor]:
-    """The log2-decays ``[ranks, N, H]`` and ``[ranks, N, H, K, V]``, what all pieces add to a state."""
-    flight = Flight(parallel.group)
-    landing = flight.gather(torch.cat([decay.reshape(-1), own.reshape(-1)]))
-    flight.land()
-    decays, states = landing.split([prod(decay.shape), prod(own.shape)], 1)
-    return decays.reshape(parallel.size, *decay.shape), states.view(parallel.size, *own.shape)
-
-
 class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, parallel: SequenceParallel, text: str, g, *flat):
@@ -79,9 +66,10 @@ class _Chain(torch.autograd.Function):
         entering, all_decays, finals = [], [], []
         for s, (heads, *_), start in zip(p.stages, sizes.states, initial, strict=True):
             own, totals = sums(x[s.keys], x[s.values], g, shape, heads=heads, gate=s.gate)
-            decay = torch.empty(shape.sequences, heads, dtype=torch.float32, device=own.device)
-            in_all = folded(in_parts(own, shape), None if totals is None else in_parts(totals, shape), decay=decay)
-            decays, states = _told(parallel, in_all, decay)
+            message = Message([(sizes.batch, heads), (sizes.batch, *own.shape[1:])], parallel.group, own.device)
+            fold_segments(own, totals, shape, decay=message.parts[0], out=message.parts[1])
+            message.send()
+            decays, states = message.told()
             state = folded(states, decays, start, parts=range(parallel.rank))
             if p.finals:
                 finals.append(folded(states, decays, start))
@@ -89,7 +77,7 @@ class _Chain(torch.autograd.Function):
                 enter(own, totals, state, shape, reverse=False)
             run_stage(p, s, x, g, sizes, shape, initial=state, final=False, entered=own if shape.split else None)
             entering.append(state)
-            all_decays.append(decays)
+            all_decays.append(decays.contiguous())  # (and not all that was told)
         ctx.parallel, ctx.text, ctx.count = parallel, text, len(flat)
         ctx.save_for_backward(g, *flat, *entering, *all_decays, *kept_of(p, x))
         ctx.set_materialize_grads(False)
@@ -125,9 +113,7 @@ def _behind(back: Backward, p: Plan, i: int, asked: FromBehind) -> tuple[Tensor,
         back.x[s.query], dy, back.g, shape, heads=heads, gate=s.gate, reverse=True, write=write,
         exact=back.gated and not back.goes_in_pairs(s, heads),
     )  # fmt: skip
-    in_all = None if totals is None else in_parts(totals, shape)
-    own = folded(in_parts(later, shape), in_all, reverse=True, factor=factor)
-    asked.tell(own if heads == hs else own.unflatten(1, (hs, -1)).sum(2))
+    asked.tell(shared(fold_segments(later, totals, shape, reverse=True, factor=factor), hs))
     dstate = asked.wait()
     if not shape.split:
         return dstate, None

@@ -8,6 +8,7 @@ computes between `Exchange` and `Exchange.wait`, the backward pass computes betw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -79,6 +80,29 @@ class Flight:
         assert self.handle is not None
         self.handle.wait()
         self.handle = self.cargo = None
+
+
+class Message:
+    """Float32 tensors, contiguous, that every rank tells all ranks, without autograd.
+
+    Args:
+        shapes: of `parts`, which are to be filled before `send`; the same on every rank.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]], group: dist.ProcessGroup, device: torch.device):
+        self.shapes, self.sizes = shapes, [math.prod(x) for x in shapes]
+        self.flight = Flight(group)
+        self.own = torch.empty(sum(self.sizes), dtype=torch.float32, device=device)
+        self.parts = [x.view(*y) for x, y in zip(self.own.split(self.sizes), shapes, strict=True)]
+
+    def send(self) -> None:
+        self.landing = self.flight.gather(self.own)
+
+    def told(self) -> list[Tensor]:
+        """Of every part that of all ranks, ``[ranks, ...]``."""
+        self.flight.land()
+        parts = self.landing.split(self.sizes, 1)
+        return [x.view(self.flight.size, *y) for x, y in zip(parts, self.shapes, strict=True)]
 
 
 def all_gather(*args, **kwargs) -> dist.Work | None:

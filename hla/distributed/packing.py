@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -94,7 +93,7 @@ class Packing:
             )
         cu = cu_seqlens.long()
         self.sequences = cu.numel() - 1
-        edges = self._edges(borders, cu.device)
+        edges = torch.tensor(borders, device=cu.device)
         self.sequence_at = torch.searchsorted(cu[1:].contiguous(), edges, right=True).clamp(max=self.sequences - 1)
         begin = cu[self.sequence_at][1:]
         self.tail = edges[1:] - torch.maximum(begin, edges[:-1])  # tokens of each rank's tail
@@ -102,14 +101,6 @@ class Packing:
         self.ends_here = (cu[1:] > edges[rank]) & (cu[1:] <= edges[rank + 1])
         if rank == 0:
             self.ends_here = self.ends_here | (cu[1:] == 0)
-
-    @staticmethod
-    def _edges(borders: list[int], device: torch.device) -> Tensor:
-        """The borders of the pieces; of equal pieces made on the device, as a CUDA graph demands it."""
-        lengths = {stop - start for start, stop in itertools.pairwise(borders)}
-        if len(lengths) == 1:
-            return torch.arange(len(borders), device=device) * lengths.pop()
-        return torch.tensor(borders, device=device)
 
     def tail_of(self, call: Call) -> Call:
         """The call with everything before the tail turned into padding, which changes no state."""

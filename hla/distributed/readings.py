@@ -11,18 +11,16 @@ readings that begins with P's, and nothing is left to hide it.
 
 from __future__ import annotations
 
-from math import prod
-
 import torch
 from torch import Tensor
 
-from hla.distributed.exchange import Flight
+from hla.distributed.exchange import Flight, Message
 from hla.distributed.packing import Packing
 from hla.distributed.sequence import Pending, SequenceParallel
 from hla.kernels.library import refuse_double_backward
 from hla.kernels.linear_attn import sums
 from hla.kernels.query_side import Asked, Behind, Sizes, gradients_of, prepared, readings, supports
-from hla.kernels.segments import enter, folded, in_parts, parts_of
+from hla.kernels.segments import enter, fold_segments, folded, parts_of
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
@@ -51,20 +49,15 @@ class PendingReadings(Pending):
         if packing is not None:
             self.borders = Borders(packing)
             of_tail = parts_of(self.borders.tail, shape)
-        self.shapes = [(N, heads), *((N, heads, k.shape[3], x.shape[3]) for x in (k, v))]
-        message = torch.empty(sum(prod(x) for x in self.shapes), dtype=torch.float32, device=k.device)
-        decay, *states = (x.view(y) for x, y in zip(self._split(message), self.shapes, strict=True))
+        states = [(N, heads, k.shape[3], x.shape[3]) for x in (k, v)]
+        self.message = Message([(N, heads), *states], parallel.group, k.device)
+        decay, *parts = self.message.parts
         self.sums = []
-        for x, state in zip((k, v), states, strict=True):
+        for x, part in zip((k, v), parts, strict=True):
             own, self.totals = sums(k, x, g, shape, heads=heads)
-            totals = None if self.totals is None else in_parts(self.totals, shape)
-            folded(in_parts(own, shape), totals, parts=of_tail, out=state, decay=decay)
+            fold_segments(own, self.totals, shape, parts=of_tail, out=part, decay=decay)
             self.sums.append(own)
-        self.flight = Flight(parallel.group)
-        self.landing = self.flight.gather(message)
-
-    def _split(self, numbers: Tensor) -> tuple[Tensor, ...]:
-        return numbers.split([prod(x) for x in self.shapes], -1)
+        self.message.send()
 
     def _versions(self) -> list[int]:
         return [0 if x is None or x.is_inference() else x._version for x in self.tensors]
@@ -80,12 +73,6 @@ class PendingReadings(Pending):
         self.keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*self.tensors, S, P))
         o, *final = _Readings.apply(self, *self.tensors, S, P)
         return o, HLAQState(*final) if final else None
-
-    def told(self) -> list[Tensor]:
-        """The log2-decay, S and P of every rank, ``[ranks, B, HKV, ...]``."""
-        self.flight.land()
-        size = self.parallel.size
-        return [x.view(size, *shape) for x, shape in zip(self._split(self.landing), self.shapes, strict=True)]
 
 
 class Borders:
@@ -115,7 +102,7 @@ class _Readings(torch.autograd.Function):
     @staticmethod
     def forward(ctx, piece: PendingReadings, q, k, v, g, ridge, nodes, S, P):
         parallel, call, s, borders = piece.parallel, piece.call, piece.sizes, piece.borders
-        decays, *of_pieces = piece.told()
+        decays, *of_pieces = piece.message.told()
         initial = (None, None) if S is None else (S.float(), P.float())
         before = range(parallel.rank) if borders is None else borders.before
         entering = [folded(x, decays, y, parts=before) for x, y in zip(of_pieces, initial, strict=True)]

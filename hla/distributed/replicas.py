@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from hla.build import recompute_activations
 from hla.data import Row, pack_rows
 from hla.distributed.sequence import SequenceParallel
 from hla.distributed.training import Spread
-from hla.distributed.world import World
-from hla.errors import HLAError
 from hla.graphed import GraphedTraining
 from hla.loss import mean_loss
 from hla.train_config import TrainConfig
@@ -35,43 +33,20 @@ ALIGNED = 64  # numbers from one parameter's gradient to the next one's begin at
 
 
 class Replicas(Spread):
-    """The model on every rank. The methods are those of `Spread`.
+    """The model, which goes to the device in place, on every rank; tp is 1. The methods are those of `Spread`."""
 
-    Args:
-        model: the same on every rank; it goes to the device in place.
-        mesh: sizes of dp, sp and tp, which is 1.
-
-    Raises:
-        HLAError: the model has no sequence parallelism.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        mesh: tuple[int, int, int],
-        world: World,
-        device: torch.device,
-        dtype: torch.dtype,
-        config: TrainConfig,
-    ) -> None:
-        self.world, self.device, self.dtype = world, device, dtype
-        torch.nn.Module.to(model, device)  # in place; transformers hides the type of its own
+    def place(self, model: PreTrainedModel, devices: DeviceMesh, dtype: torch.dtype, config: TrainConfig) -> None:
+        torch.nn.Module.to(model, self.device)  # in place; transformers hides the type of its own
         if config.recompute:
             recompute_activations(model)
-        self.model = model  # type: ignore[assignment]
-        self.replicas, self.pieces, self.heads = mesh
-        self.replica, self.sequence = world.rank // self.pieces, None
+        self.model, self.dtype, self.sequence = model, dtype, None  # type: ignore[assignment]
         if self.pieces > 1:
-            devices = init_device_mesh(device.type, mesh[:2], mesh_dim_names=("dp", "sp"))
             self.sequence = SequenceParallel(devices["sp"])
-            try:
-                self.model.set_sequence_parallel(self.sequence)
-            except ValueError as error:
-                raise HLAError(f"the model cannot be spread: {error}") from error
+            self.model.set_sequence_parallel(self.sequence)
         for p in model.parameters():  # the same to the bit, also where processors of two kinds have drawn them
             dist.broadcast(p.detach(), 0)
         self.gradients = _in_one_piece([p for p in model.parameters() if p.requires_grad])
-        self.graphed = GraphedTraining(model, dtype, captures=self.pieces == 1 and config.captures(device.type))
+        self.graphed = GraphedTraining(model, dtype, captures=self.pieces == 1 and config.captures(self.device.type))
 
     def step(
         self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Row]], clip: float

@@ -140,7 +140,7 @@ class SequenceParallel:
             if readings.takes(call, initial_state, packing):
                 return readings.begin(self, call, initial_state, packing)
             if chains.takes(call, packing):
-                return chains.begin(self, call, initial_state)
+                return chains.PendingChain(self, call, initial_state)
         return PendingSummaries(self, call, initial_state, packing, backend)
 
     def _packing(self, cu_seqlens: Tensor | None, x: Tensor) -> Packing | None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from hla.data import Batch, Row, TokenStream, pack_rows
@@ -58,22 +58,27 @@ class Spread:
         dtype: torch.dtype,
         config: TrainConfig,
     ) -> None:
-        self.world, self.device, self.dtype = world, device, torch.float32  # no autocast: the model has its dtypes
+        self.world, self.device = world, device
+        self.replicas, self.pieces, self.heads = mesh
         devices = init_device_mesh(device.type, mesh, mesh_dim_names=("dp", "sp", "tp"))
-        half = dtype == torch.bfloat16
+        self.replica = devices["dp"].get_local_rank()
         try:
-            self.model = parallelize_hla(
-                model,  # type: ignore[arg-type]
-                devices,
-                param_dtype=torch.bfloat16 if half else None,
-                reduce_dtype=torch.float32 if half else None,
-                activation_checkpointing=config.recompute,
-                compile=config.compile,
-            )
+            self.place(model, devices, dtype, config)
         except (ValueError, TypeError) as error:
             raise HLAError(f"the model cannot be spread: {error}") from error
-        self.replicas, self.pieces, self.heads = mesh
-        self.replica = devices["dp"].get_local_rank()
+
+    def place(self, model: PreTrainedModel, devices: DeviceMesh, dtype: torch.dtype, config: TrainConfig) -> None:
+        """Spreads the model; sets ``model``, ``sequence`` and ``dtype``, that of autocast."""
+        self.dtype = torch.float32  # none: the model has its dtypes
+        half = dtype == torch.bfloat16
+        self.model = parallelize_hla(
+            model,  # type: ignore[arg-type]
+            devices,
+            param_dtype=torch.bfloat16 if half else None,
+            reduce_dtype=torch.float32 if half else None,
+            activation_checkpointing=config.recompute,
+            compile=config.compile,
+        )
         self.sequence = self.model.sequence_parallel
         self.resharding = Resharding(self.model)
         # The root has embedding and head, which FSDP makes whole around calls of the model: this must be one.

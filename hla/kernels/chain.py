@@ -22,7 +22,7 @@ from hla.kernels import pairs
 from hla.kernels.configs import device_config, query_side_config
 from hla.kernels.fused import fits, fused, matches
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import Read, both_at_once, operand, per_head, read, row_dot, sum_heads
+from hla.kernels.linear_attn import Read, both_at_once, operand, per_head, read, row_dot, shared, sum_heads
 from hla.kernels.segments import Cut, cut, cut_every, minus_earlier, sum_later
 from hla.ops.linear_attn import Stage
 
@@ -465,9 +465,7 @@ def _of_initial(initial: Tensor | None, final: Tensor | None, factor: float, hs:
     if initial is None:
         return like.new_empty(0)
     assert final is not None
-    d = final * factor
-    d = d if d.shape[1] == hs else d.unflatten(1, (hs, -1)).sum(2)
-    return d.to(initial.dtype)
+    return shared(final * factor, hs).to(initial.dtype)
 
 
 def _scaled(y: Tensor, gain: float | Tensor) -> Tensor:

@@ -427,6 +427,12 @@ def per_head(dstate: Tensor, group: int) -> Tensor:
     return y
 
 
+def shared(dstate: Tensor, heads: int) -> Tensor:
+    """The gradient ``[N, heads, K, V]`` of a state that groups share, from those of all of them: the way back of
+    `per_head`."""
+    return dstate if dstate.shape[1] == heads else dstate.unflatten(1, (heads, -1)).sum(2)
+
+
 def sum_heads(y: Tensor, heads: int) -> Tensor:
     """Sums groups of heads (dimension 2) down to this number of them."""
     if y.shape[2] == heads:

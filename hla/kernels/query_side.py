@@ -21,6 +21,7 @@ Head sizes up to 128; larger ones go stage by stage through `chain`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,10 +32,10 @@ from torch import Tensor
 from hla.kernels.configs import block, device_config, has_gluon, query_side_config
 from hla.kernels.launch import copies_whole, launch
 from hla.kernels.library import Operation
-from hla.kernels.linear_attn import operand, per_head, read, sum_heads, sums
+from hla.kernels.linear_attn import operand, per_head, read, shared, sum_heads, sums
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
 from hla.kernels.query_side_kernels import adjoint, fold, fold_later, moments, per_token, scan_later, solve
-from hla.kernels.segments import Cut, cut, cut_every, enter, folded, in_parts, is_batch_invariant, parts_of, sum_later
+from hla.kernels.segments import Cut, cut, cut_every, enter, fold_segments, is_batch_invariant, parts_of, sum_later
 from hla.ops.checks import Call
 from hla.ops.state import HLAQState, State
 
@@ -172,6 +173,10 @@ class Behind(NamedTuple):
     P: Tensor | Asked | None = None
     head: Tensor | None = None
 
+    def parts(self, shape: Cut) -> Tensor | None:
+        """The segments of head, or None: all."""
+        return None if self.head is None else parts_of(self.head, shape)
+
 
 def _backward(plan: str, tensors, saved, grads, needed) -> list[Tensor | None]:
     q, k, v, g, ridge, nodes, S, P, cu_seqlens = tensors
@@ -204,8 +209,8 @@ def gradients_of(
         later, totals = sums(
             x, do, g, s.segments, heads=s.HQ, reverse=True, exact=gated and not in_pairs
         )  # fmt: skip
-        own = _of_piece(later, totals, s.segments, behind.head, factor=scale)
-        dP.tell(_sum_group(own, group))
+        own = fold_segments(later, totals, s.segments, parts=behind.parts(s.segments), reverse=True, factor=scale)
+        dP.tell(shared(own, s.HKV))
         states.append(_run_states(s, k, g, S, False, S_entered))
         dP = dP.wait()
     ends = None if dP is None else per_head(dP, group) / scale
@@ -238,24 +243,10 @@ def gradients_of(
     dP_initial = None
     if P is not None and needed[7]:
         assert at_P.dP is not None
-        dP_initial = _sum_group(at_P.dP * scale, group).to(P.dtype)
+        dP_initial = shared(at_P.dP * scale, s.HKV).to(P.dtype)
     if dS_initial is not None:
-        dS_initial = _sum_group(dS_initial, group).to(S.dtype)
+        dS_initial = shared(dS_initial, s.HKV).to(S.dtype)
     return [dq, dk, dv, dg, dridge.to(ridge.dtype), dnodes.to(nodes.dtype), dS_initial, dP_initial]
-
-
-def _sum_group(dstate: Tensor, group: int) -> Tensor:
-    """``[N, HQ, K, V]`` to the heads that a state has."""
-    return dstate if group == 1 else dstate.unflatten(1, (-1, group)).sum(2)
-
-
-def _of_piece(
-    states: Tensor, totals: Tensor | None, shape: Cut, head: Tensor | None, factor: float = 1.0
-) -> Tensor:  # fmt: skip
-    """What all segments of a sequence do to what enters them from behind ``[N or 1, H, K, V]``; head as in `Behind`."""
-    totals = None if totals is None else in_parts(totals, shape)
-    parts = None if head is None else parts_of(head, shape)
-    return folded(in_parts(states, shape), totals, parts=parts, reverse=True, factor=factor)
 
 
 class _AtP(NamedTuple):
@@ -375,7 +366,7 @@ def _in_one_kernel(s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behi
         else:
             own.zero_()
         own = own if behind.head is None else own.index_select(0, behind.head)
-        dS.tell(_sum_group(own, group))
+        dS.tell(shared(own, s.HKV))
         dS = dS.wait()
     ends = None if dS is None else per_head(dS, group)
     dS_initial = s.new(chunks.sequences, heads, s.K, s.K) if wants_dS else None
@@ -428,9 +419,10 @@ def _run_moments(s: Sizes, g, xs, us, dtrace, behind: Behind, wants_dS):
                 if y is not None:
                     y.zero_()
     if isinstance(dS, Asked):
-        own_m, own = (_of_piece(y, total, shape, behind.head) for y in (m[..., None, None], leave))
+        all_of = functools.partial(fold_segments, totals=total, shape=shape, parts=behind.parts(shape), reverse=True)
+        own_m, own = all_of(m[..., None, None]), all_of(leave)
         own = own_m * torch.eye(s.K, device=s.device) - own
-        dS.tell(_sum_group(own, group))
+        dS.tell(shared(own, s.HKV))
         dS = dS.wait()
     enter_state = None if dS is None else -per_head(dS, group)
     if not xs.numel():

@@ -166,7 +166,7 @@ def folded(
     """The state ``[N, H, K, V]`` after some parts of N sequences, in reverse from behind before them.
 
     Args:
-        states: ``[P, N, H, K, V]`` float32, what each part adds to a state; heads, K, V contiguous. (See `in_parts`.)
+        states: ``[P, N, H, K, V]`` float32, what each part adds to a state; heads, K and V contiguous.
         totals: ``[P, N, H]``, the log2 of their decays, heads contiguous; None: nothing decays.
         initial: ``[N, H, K, V]``, any strides.
         parts: which, one behind the other: a range, or on the device the first and the one behind the last; None: all.
@@ -187,15 +187,24 @@ def folded(
     return out
 
 
-def in_parts(x: Tensor, shape: Cut) -> Tensor:
-    """``[slots, ...]`` as ``[parts, sequences, ...]``; of packed sequences as ``[slots, 1, ...]``."""
-    if shape.table is not None:
-        return x[:, None]
-    return x.unflatten(0, (shape.sequences, shape.per_sequence)).transpose(0, 1)
+def fold_segments(
+    states: Tensor, totals: Tensor | None, shape: Cut, *, parts: Tensor | None = None, reverse: bool = False,
+    factor: float = 1.0, out: Tensor | None = None, decay: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`folded` of what segments do, ``[slots, H, K, V]`` and ``[slots, H]``; of packed ones that of `parts_of` one."""
+
+    def in_parts(x: Tensor) -> Tensor:
+        """``[parts, sequences, ...]``"""
+        return (
+            x[:, None] if parts is not None else x.unflatten(0, (shape.sequences, shape.per_sequence)).transpose(0, 1)
+        )
+
+    totals = None if totals is None else in_parts(totals)
+    return folded(in_parts(states), totals, parts=parts, reverse=reverse, factor=factor, out=out, decay=decay)
 
 
 def parts_of(sequence: Tensor, shape: Cut) -> Tensor:
-    """The slots ``[2]`` of a packed sequence ``[1]``, first and behind the last, for `folded`."""
+    """The slots ``[2]`` of a packed sequence ``[1]``, first and behind the last."""
     assert shape.first is not None
     return shape.first[sequence + torch.arange(2, device=sequence.device)]
 

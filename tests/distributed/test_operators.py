@@ -258,7 +258,7 @@ def check_misuse(groups, rank):
         k.mul_(2)
         with pytest.raises(RuntimeError, match="changed in place after `begin`"):
             pending.finish()
-        pending.told()  # (on its way)
+        pending.message.told()  # (on its way)
         kw["g"] = kw["g"][:0]
         assert call(parallel.run, q[:0], k[:0], v[:0])[0].shape == (0, 10, 4, 5)
 
