@@ -197,7 +197,10 @@ class Graphed:
         try:
             # The stream twice: a capture that fails does not give back the one that it had set.
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
-                with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream):
+                # (Of other threads, collectives have one that asks the device for events, a capture need not know.)
+                with torch.cuda.graph(
+                    graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"
+                ):
                     loss = self._run_for_graph(static)
         except RuntimeError as error:
             raise _refusal(error) from error
@@ -231,15 +234,16 @@ class GraphedTraining:
         model: an `HLAForCausalLM` in training mode, all of it in this process.
         dtype: bfloat16 means autocast.
         captures: False means eager on GPUs, too.
+        pieces: of a sequence spread over as many ranks, each of which has one.
     """
 
-    def __init__(self, model: Any, dtype: torch.dtype, captures: bool = True) -> None:
+    def __init__(self, model: Any, dtype: torch.dtype, captures: bool = True, pieces: int = 1) -> None:
         def loss(total: int, targets: Tensor, **inputs: Tensor) -> Tensor:
             return mean_loss(model, inputs, targets, total, dtype)
 
         self.graphed = Graphed(loss, model.parameters())
         self._waits = "full_attention" in model.config.layer_types
-        self._captures = captures
+        self._captures, self._pieces = captures, pieces
 
     def __call__(self, inputs: Mapping[str, Tensor], targets: Tensor, total: int) -> Tensor:
         """The loss; see `mean_loss` for the arguments and `Graphed` for errors."""
@@ -247,7 +251,7 @@ class GraphedTraining:
         if not self._captures or (borders is not None and self._waits):
             return self.graphed.eager(total=total, targets=targets, **inputs)
         if borders is not None and self.graphed.pool is not None:
-            inputs = {**inputs, "cu_seq_lens_q": with_empty_documents(borders, targets.numel())}
+            inputs = {**inputs, "cu_seq_lens_q": with_empty_documents(borders, targets.numel() * self._pieces)}
         return self.graphed(total=total, targets=targets, **inputs)
 
     def zero_grad(self) -> None:

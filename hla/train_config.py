@@ -111,12 +111,12 @@ class TrainConfig:
     def shares(self, mesh: tuple[int, int, int], device: str, parameters: int, memory: int) -> bool:
         """Whether the weights, gradients and moments of a model are shared out over the ranks of dp.
 
-        They are with sp or tp, on CPUs, when compiled, and where they would take more than a quarter of a device's
+        They are with tp, on CPUs, when compiled, and where they would take more than a quarter of a device's
         ``memory`` (bytes).
         """
         if self.shard is not None or self.cuda_graphs:
             return bool(self.shard)
-        return mesh[1:] != (1, 1) or device != "cuda" or self.compile or 16 * parameters > memory // 4
+        return mesh[2] != 1 or device != "cuda" or self.compile or 16 * parameters > memory // 4
 
     def mesh(self, ranks: int) -> tuple[int, int, int]:
         """The sizes of dp, sp and tp for so many processes.
@@ -135,8 +135,8 @@ class TrainConfig:
         _check(
             self.context % self.sp == 0, f"context must be divisible by sp: {self.context} tokens for {self.sp} ranks"
         )
-        whole = ranks == 1 or (self.sp == self.tp == 1 and not self.shard)
-        _check(whole or not self.cuda_graphs, "cuda_graphs needs the whole model on each GPU: no sp, no tp, no --shard")
+        whole = ranks == 1 or (self.tp == 1 and not self.shard)
+        _check(whole or not self.cuda_graphs, "cuda_graphs needs the whole model on each GPU: no tp, no --shard")
         _check(
             ranks == 1 or self.shard is not False or (self.tp == 1 and not self.compile),
             "with --no-shard every rank has the whole model: that goes with dp and sp, and without --compile",

@@ -1,8 +1,8 @@
 """A training run whose ranks all have the whole model, and share out the rows of a batch, and with sp the sequences.
 
 What travels is the sum of the gradients, once a step, and with sp what pieces of a sequence tell each other. The rest
-is the run of one process: float32 weights, autocast, and on GPUs, without sp, the forward and backward pass of a
-micro-batch as a CUDA graph, which FSDP's gathers would not let capture.
+is the run of one process: float32 weights, autocast, and on GPUs the forward and backward pass of a micro-batch as a
+CUDA graph, what pieces tell each other included. (FSDP's gathers would not let capture.)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Replicas(Spread):
         for p in model.parameters():  # the same to the bit, also where processors of two kinds have drawn them
             dist.broadcast(p.detach(), 0)
         self.gradients = _in_one_piece([p for p in model.parameters() if p.requires_grad])
-        self.graphed = GraphedTraining(model, dtype, captures=self.pieces == 1 and config.captures(self.device.type))
+        self.graphed = GraphedTraining(model, dtype, config.captures(self.device.type), self.pieces)
 
     def step(
         self, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Row]], clip: float

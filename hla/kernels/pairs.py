@@ -332,7 +332,7 @@ def gradients(
         from hla.kernels import pairs_hopper
 
         if pairs_hopper.fits(x, k, v, do, chunks.segment, dx_dtype):
-            pairs_hopper.launch_pairs(chunks.slots * heads, *args)
+            pairs_hopper.launch_pairs(chunks.slots * heads, K, *args)
             return Gradients(dx, dk, dv, dg, behind.final)
     launch(
         pair_gradients, chunks.slots * heads, *args,

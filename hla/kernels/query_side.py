@@ -42,6 +42,7 @@ from hla.ops.state import HLAQState, State
 LARGEST = 128
 SCAN_BLOCK = 1024  # numbers of a moment that one program carries
 WALKED = 64  # head size for which there is a forward pass in one walk
+SOLVED = 128  # and that for which there is a `solve` of its own
 
 
 def fits_hopper(size: int, order: int, dtype: torch.dtype, capability: tuple[int, int]) -> bool:
@@ -94,11 +95,18 @@ def _run_solve(s: Sizes, q, k, g, ridge, nodes, all_states, traces) -> Tensor:
     """x after all readings ``[B, T, HQ, K]``."""
     x = s.new(s.B, s.T, s.HQ, s.K, dtype=s.dtype)
     sizes, compile_time = _common(s, q, k, g, ridge, nodes)
-    if q.numel():
+    args = (q, k, g, ridge, nodes, all_states, traces, x, s.chunks.table, *sizes)
+    if s.hopper and s.K == SOLVED and q.numel() and copies_whole(q, k):
+        from hla.kernels.query_side_walk import solve_hopper
+
         launch(
-            solve, s.chunks.slots * s.HQ,
-            q, k, g, ridge, nodes, all_states, traces, x, s.chunks.table, *sizes,
-            ORDER=s.order, **compile_time, warps=s.config.warps, stages=1, registers=s.config.registers,
+            solve_hopper, s.chunks.slots * s.HQ, *args, ORDER=s.order, D=s.K, C=s.config.chunk, BLOCKS=s.blocks,
+            GATED=g is not None, warps=4, stages=1,
+        )  # fmt: skip
+    elif q.numel():
+        launch(
+            solve, s.chunks.slots * s.HQ, *args, ORDER=s.order, **compile_time, warps=s.config.warps, stages=1,
+            registers=s.config.registers,
         )  # fmt: skip
     return x
 

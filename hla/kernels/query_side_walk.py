@@ -71,6 +71,21 @@ def _operand(x, L: gl.constexpr):
     return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, L, 2))
 
 
+@gluon.jit
+def _reading(
+    x, q_s, k_s, S_s, more, read, minus_E, zeros_c, L: gl.constexpr
+):
+    """``x more + q - S x`` of a chunk, from x times what it weighs."""
+    left = _operand(x, L)
+    left_r = _operand(x * -read[:, None], L)
+    raw = warpgroup_mma(left, k_s.permute((1, 0)), zeros_c, use_acc=False, is_async=True)
+    y = x * more[:, None] + _wide(q_s.load(L))
+    y = warpgroup_mma(left_r, S_s, y, is_async=True)
+    raw = warpgroup_mma_wait(1, (raw,))
+    y = warpgroup_mma(_operand(raw * minus_E, L), k_s, y, is_async=True)
+    return warpgroup_mma_wait(0, (y,))
+
+
 @gluon.jit(
     do_not_specialize=[
         "length", "segment", "per_sequence", "heads", "group", "gg", *PER_TOKEN,
@@ -204,24 +219,20 @@ def walk_readings(
         P = warpgroup_mma(w_s.permute((1, 0)), v_i, P, is_async=True)
         by = 1.0 / gl.where(live, ridge + more, 1.0)
         y, S, P = warpgroup_mma_wait(0, (y, S, P))
-        for n in gl.static_range(2, ORDER + 2):
-            x = y * by[:, None]
-            if n == ORDER + 1 and X is not None:
-                x_s.store(x.to(gl.bfloat16))
-            left = _operand(x, L)
-            left_r = _operand(x * -read[:, None], L)
-            raw = warpgroup_mma(left, kt, zeros_c, use_acc=False, is_async=True)
-            if n <= ORDER:
-                more = nodes[n] * traces
-                y = x * more[:, None] + _wide(q_i.load(L))
-                by = 1.0 / gl.where(live, ridge + more, 1.0)
-                y = warpgroup_mma(left_r, S_s, y, is_async=True)
-            else:
-                y = warpgroup_mma(left_r, P_s, zeros, use_acc=False, is_async=True)
-            raw = warpgroup_mma_wait(1, (raw,))
-            scores = _operand(raw * minus_E, L)
-            y = warpgroup_mma(scores, k_i if n <= ORDER else v_i, y, is_async=True)
-            y = warpgroup_mma_wait(0, (y,))
+        for n in gl.static_range(2, ORDER + 1):
+            more = nodes[n] * traces
+            y = _reading(y * by[:, None], q_i, k_i, S_s, more, read, minus_E, zeros_c, L)
+            by = 1.0 / gl.where(live, ridge + more, 1.0)
+        x = y * by[:, None]
+        if X is not None:
+            x_s.store(x.to(gl.bfloat16))
+        left = _operand(x, L)
+        left_r = _operand(x * -read[:, None], L)
+        raw = warpgroup_mma(left, kt, zeros_c, use_acc=False, is_async=True)
+        y = warpgroup_mma(left_r, P_s, zeros, use_acc=False, is_async=True)
+        raw = warpgroup_mma_wait(1, (raw,))
+        y = warpgroup_mma(_operand(raw * minus_E, L), v_i, y, is_async=True)
+        y = warpgroup_mma_wait(0, (y,))
 
         # Through shared memory, so that whole rows are written.
         br = (gl.arange(0, C, gl.SliceLayout(1, B)) + z)[:, None]
@@ -246,6 +257,101 @@ def walk_readings(
             leaving = (sequence.to(gl.int64) * kv_heads + hk) * (D * D) + nr * D + nc
             gl.store(S_LEAVE + leaving, S)
             gl.store(P_LEAVE + leaving, P)
+
+
+@gluon.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN])
+def solve_hopper(
+    Q, K, G, RIDGE, NODES, STATES, TRACES, X, SLOTS, length, per_sequence, heads, group, gg,
+    q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
+    ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, BLOCKS: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
+    """``x_ORDER`` of one chunk and one head to X, from the S that enters the chunk: `query_side_kernels.solve`."""
+    # Layouts: accumulators [C, D] and [C, C]; B, whole rows in global memory; R, RC and CC, numbers of rows and columns.
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
+    R: gl.constexpr = gl.SliceLayout(1, L)
+    RC: gl.constexpr = gl.SliceLayout(1, LC)
+    CC: gl.constexpr = gl.SliceLayout(0, LC)
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # every warp has all tokens
+    SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
+    SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
+    h = gl.program_id(0) % heads
+    slot = gl.program_id(0) // heads
+    sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
+    if sequence < 0:
+        return
+    hk = h // group
+    q_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
+    k_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
+    S_s = gl.allocate_shared_memory(gl.bfloat16, [D, D], SHD)
+    # Numbers per token, from the threads that have them to those that want them.
+    c_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    squares_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+    br = gl.arange(0, C, gl.SliceLayout(1, B))
+    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
+    sr = gl.arange(0, D, gl.SliceLayout(1, B))[:, None]
+    blive = (start + br < stop)[:, None]
+    br = br[:, None]
+    row = start.to(gl.int64)
+    state = slot.to(gl.int64) * (heads // group) + hk
+    _copy(q_s, Q + (batch * q_b + h.to(gl.int64) * q_h + row * q_t) + (br * q_t + bd), mask=blive)
+    _copy(k_s, K + (batch * k_b + hk.to(gl.int64) * k_h + row * k_t) + (br * k_t + bd), mask=blive)
+    async_copy.commit_group()
+    _copy(S_s, STATES + state * (D * D) + (sr * D + bd))
+    async_copy.commit_group()
+    g_t = heads // group // gg
+    if GATED:
+        G += batch * length * g_t + hk // gg
+    g, ridge, nodes = _numbers(
+        G, RIDGE + batch * r_b + h * r_h, NODES + batch * n_b + h * n_h, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C, R,
+        SCAN,
+    )  # fmt: skip
+    trace = 0.0
+    for b in gl.static_range(BLOCKS):
+        trace += gl.load(TRACES + state * BLOCKS + b)
+
+    async_copy.wait_group(1)
+    _ready()
+    zeros = gl.zeros([C, D], gl.float32, L)
+    zeros_c = gl.zeros([C, C], gl.float32, LC)
+    raw = warpgroup_mma(q_s, k_s.permute((1, 0)), zeros_c, use_acc=False, is_async=True)
+    k = _wide(k_s.load(L))
+    squares_s.store(gl.sum(k * k, 1))
+    if GATED:
+        c_s.store(gl.associative_scan(gl.maximum(g, -110.0) * 1.4426950408889634, 0, _add))
+    async_copy.wait_group(0)
+    _ready()
+    acc = warpgroup_mma(q_s, S_s, zeros, use_acc=False, is_async=True)
+    rc = gl.arange(0, C, RC)[:, None]
+    cc = gl.arange(0, C, CC)[None, :]
+    live = start + gl.arange(0, C, R) < stop
+    if GATED:
+        minus_E = gl.where(rc >= cc, -gl.exp2(c_s.load(RC)[:, None] - c_s.load(CC)[None, :]), 0.0)
+        read = gl.exp2(c_s.load(R))
+    else:
+        minus_E = gl.where(rc >= cc, -1.0, 0.0)
+        read = gl.full([C], 1.0, gl.float32, R)
+    traces = read * trace - gl.convert_layout(gl.sum(minus_E * squares_s.load(CC)[None, :], 1), R)
+    # As in `walk_readings`.
+    by = 1.0 / gl.where(live, ridge + nodes[0] * traces, 1.0)
+    more = nodes[1] * traces
+    y = _wide(q_s.load(L)) * (1.0 + by * more)[:, None]
+    raw, acc = warpgroup_mma_wait(0, (raw, acc))
+    y += acc * (by * -read)[:, None]
+    y = warpgroup_mma(_operand(raw * (minus_E * gl.convert_layout(by, RC)[:, None]), L), k_s, y, is_async=True)
+    y = warpgroup_mma_wait(0, (y,))
+    by = 1.0 / gl.where(live, ridge + more, 1.0)
+    for n in gl.static_range(2, ORDER + 1):
+        more = nodes[n] * traces
+        y = _reading(y * by[:, None], q_s, k_s, S_s, more, read, minus_E, zeros_c, L)
+        by = 1.0 / gl.where(live, ridge + more, 1.0)
+
+    # Through shared memory, so that whole rows are written. (A thread overwrites what nobody else has read.)
+    q_s.store((y * by[:, None]).to(gl.bfloat16))
+    _barrier()
+    gl.store(X + ((batch * length + row) * heads + h) * D + (br * (heads * D) + bd), q_s.load(B), mask=blive)
 
 
 class Walked(NamedTuple):
