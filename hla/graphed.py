@@ -132,6 +132,13 @@ class Graphed:
                 grad.zero_()
         self._cleared = False
 
+    def release(self) -> None:
+        """Forgets all graphs, whose memory is free then. Before a process group ends whose collectives are in them:
+        NCCL waits for them there, for ever.
+        """
+        self._captured.clear()
+        self._calls.clear()
+
     def _run(self, inputs: Mapping[str, Tensor | float]) -> Tensor:
         # The loss with its history ends here: a node of it that lived on would keep the stream of this call.
         loss = self._loss(**inputs)
@@ -198,9 +205,7 @@ class Graphed:
             # The stream twice: a capture that fails does not give back the one that it had set.
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
                 # (Of other threads, collectives have one that asks the device for events, a capture need not know.)
-                with torch.cuda.graph(
-                    graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"
-                ):
+                with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
                     loss = self._run_for_graph(static)
         except RuntimeError as error:
             raise _refusal(error) from error
@@ -261,6 +266,10 @@ class GraphedTraining:
     def settle(self) -> None:
         """See `Graphed.settle`."""
         self.graphed.settle()
+
+    def release(self) -> None:
+        """See `Graphed.release`."""
+        self.graphed.release()
 
 
 def with_empty_documents(borders: Tensor, length: int) -> Tensor:

@@ -255,6 +255,8 @@ def _train(
         raise HLAError(f"{error}. {run.last_saved()}") from error
     finally:
         run.metrics.close()
+        if spread is not None:
+            spread.leave()
 
 
 def saved_form(config: TrainConfig) -> TrainConfig:

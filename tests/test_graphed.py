@@ -241,6 +241,28 @@ def test_empty_documents_change_no_bit_of_the_kernels(op):
     assert all(map(torch.equal, *results))
 
 
+def test_documents_of_a_sequence_in_pieces_end_where_all_of_it_does():
+    given = []
+    graphed = GraphedTraining(micro_model(), torch.float32, pieces=3)
+    graphed.graphed = lambda **inputs: given.append(inputs["cu_seq_lens_q"].tolist())
+    graphed.graphed.pool = "one"
+    borders = torch.tensor([0, 50, 90], dtype=torch.int32)
+    graphed({"input_ids": torch.zeros(1, 30), "cu_seq_lens_q": borders}, torch.zeros(30), 90)
+    assert given == [[0, 50] + [90] * 15]
+
+
+def test_released_graphs_are_captured_again():
+    weight = torch.nn.Parameter(torch.ones(3))
+    graphed = Pretended(lambda x: (weight * x).sum(), [weight])
+    for turn in (1, 2):
+        for call in range(1, EAGER + 2):
+            graphed(x=torch.ones(3))
+            assert float(weight.grad[0]) == (turn - 1) * (EAGER + 1) + call
+        assert graphed.happened.count("capture") == turn and graphed._captured
+        graphed.release()
+        assert not graphed._captured
+
+
 def test_a_capture_that_fails_names_the_switch():
     error = RuntimeError("operation failed due to a previous error during capture")
     error.__context__ = RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
@@ -269,8 +291,9 @@ def test_when_graphs_are_used(monkeypatch):
 def test_several_ranks_have_them_where_each_has_the_whole_model():
     for setting in (None, False, True):
         assert TrainConfig(cuda_graphs=setting).mesh(2) == (2, 1, 1)
-    for settings in ({"sp": 2}, {"tp": 2}, {"shard": True}):
-        with pytest.raises(HLAError, match="cuda_graphs needs the whole model on each GPU: no sp, no tp, no --shard"):
+        assert TrainConfig(cuda_graphs=setting, sp=2).mesh(2) == (1, 2, 1)
+    for settings in ({"tp": 2}, {"shard": True}):
+        with pytest.raises(HLAError, match="cuda_graphs needs the whole model on each GPU: no tp, no --shard"):
             TrainConfig(cuda_graphs=True, **settings).mesh(2)
 
 

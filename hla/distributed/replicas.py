@@ -74,6 +74,9 @@ class Replicas(Spread):
     def restore(self, path: Path, optimizer: torch.optim.Optimizer) -> None:
         restore(path, self.model, optimizer)
 
+    def leave(self) -> None:
+        self.graphed.release()
+
     def whole(self) -> PreTrainedModel | None:
         return self.model if self.world.rank == 0 else None
 

@@ -211,6 +211,9 @@ class Spread:
         """See `hla.training_state.restore`."""
         restore(path, self.model, optimizer, self.resharding)
 
+    def leave(self) -> None:
+        """Before the process group ends, and of this rank alone: gives back what would keep it."""
+
     def whole(self) -> PreTrainedModel | None:
         """The model as one process has it, on the CPU, on the first rank; None on the others."""
         state = full_state_dict(self.model)

@@ -110,6 +110,11 @@ def copies_whole(*tensors: Tensor) -> bool:
     )
 
 
+def to_copy_whole(x: Tensor) -> Tensor:
+    """x, or one that `copies_whole`."""
+    return x if copies_whole(x) else torch.empty(x.shape, dtype=x.dtype, device=x.device).copy_(x)
+
+
 def _kinds(kernel, args: tuple) -> list:
     """What the compiled code depends on, per argument."""
     specialized = _specialized.get(kernel)

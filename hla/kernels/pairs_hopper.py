@@ -19,11 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hla.kernels.launch import copies_whole, launch
-from hla.kernels.query_side_hopper import _add, _barrier, _own_part, _ready, _segment, _wide
-from hla.kernels.query_side_walk import _copy
+from hla.kernels.query_side_hopper import _add, _as, _barrier, _copy, _own_part, _segment, _wide
 
-_memory = gl.shared_memory_descriptor
-_as = getattr(_memory, "reinterpret", None) or _memory._reinterpret  # (it was renamed)
 CHUNK = 64
 PART = 64  # columns of P and N that are in shared memory at a time
 REGISTERS = {64: 168, 128: None}  # of a thread: three and two programs on a multiprocessor
@@ -226,8 +223,9 @@ def pair_gradients_hopper(
 
 
 def launch_pairs(programs: int, size: int, *args) -> None:
-    """As ``launch(pair_gradients, programs, *args, ...)``, with the same tensors and numbers in the same order, of heads
-    of this size."""
+    """As ``launch(pair_gradients, programs, *args, ...)``, with the same tensors and numbers in the same order, for
+    heads of this size.
+    """
     launch(
         pair_gradients_hopper, programs, *args, D=size, C=CHUNK, PART=PART, GATED=args[4] is not None, warps=4,
         stages=1, registers=REGISTERS[size],

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hla.kernels.configs import block, device_config, has_gluon, query_side_config
-from hla.kernels.launch import copies_whole, launch
+from hla.kernels.launch import copies_whole, launch, to_copy_whole
 from hla.kernels.library import Operation
 from hla.kernels.linear_attn import operand, per_head, read, shared, sum_heads, sums
 from hla.kernels.pairs import COLUMNS, Entering, entering, fits, gradients
@@ -340,9 +340,10 @@ def _in_one_kernel(s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behi
     from hla.kernels.query_side_hopper import adjoint as adjoint_on_hopper
 
     all_states, traces, *_ = states.pop()
+    q, k = to_copy_whole(q), to_copy_whole(k)
     heads, chunks = s.HQ, s.chunks
     dq, dk = s.new(*q.shape, dtype=q.dtype), s.new(*q.shape, dtype=k.dtype)
-    dridge, dc = (s.new(s.B, s.T, heads) for _ in range(2))
+    dridge, dtrace, dc = (s.new(s.B, s.T, heads) for _ in range(3))
     dnodes = s.new(s.B, s.T, heads, s.order + 1)
     moments = s.new(chunks.slots, heads, s.K, s.K, dtype=s.dtype)
     added_m, totals = (s.new(chunks.slots, heads) for _ in range(2))
@@ -350,8 +351,8 @@ def _in_one_kernel(s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behi
     if q.numel():
         launch(
             adjoint_on_hopper, chunks.slots * heads,
-            q, k, g, ridge, nodes, all_states, traces, dx, added, dq, dk, moments, added_m, totals, dridge, dnodes, dc,
-            chunks.table, s.T, chunks.per_sequence, heads, group, gg, *q.stride()[:3], *k.stride()[:3],
+            q, k, g, ridge, nodes, all_states, traces, dx, added, dq, dk, moments, added_m, totals, dridge, dnodes,
+            dtrace, dc, chunks.table, s.T, chunks.per_sequence, heads, group, gg, *q.stride()[:3], *k.stride()[:3],
             *ridge.stride(), *nodes.stride(),
             ORDER=s.order, D=s.K, C=s.config.chunk, BLOCKS=s.blocks, GATED=g is not None, WARPS_N=WARPS[s.K] // 4,
             warps=WARPS[s.K],
@@ -382,7 +383,7 @@ def _in_one_kernel(s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behi
         m = torch.empty_like(added_m)
         scan(ends, dS_initial, m)
         launch(
-            fold_later, chunks.slots * heads, k, g, moments, m, dk, dc, chunks.table,
+            fold_later, chunks.slots * heads, k, g, moments, m, dtrace, dk, dc, chunks.table,
             s.T, chunks.per_sequence, heads, group, gg, *k.stride()[:3], D=s.K, C=s.config.chunk, BK=block(s.K),
             GATED=g is not None, OPERAND=s.operand, PRECISION=s.precision, warps=s.config.warps, stages=1,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     warpgroup_mma,
@@ -22,7 +23,10 @@ from hla.kernels.query_side_kernels import PER_TOKEN
 # Warps of a program, in groups of four that share the columns of a tile. With one group there is room for two programs
 # on a multiprocessor, one of which can work while the other one waits.
 WARPS = {64: 4, 128: 8}
-_barrier = getattr(gl, "thread_barrier", None) or gl.barrier  # (its name differs between versions of Triton)
+# Names that differ between versions of Triton.
+_barrier = getattr(gl, "thread_barrier", None) or gl.barrier
+_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+_as = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
 @gluon.jit
@@ -131,20 +135,62 @@ def _rest(a, b, c, d, e, f, g, h, R: gl.constexpr):
     )
 
 
+@gluon.jit
+def _numbers(
+    G, RIDGE, NODES, first, stop, z, r_t, n_t, n_n, g_t, ORDER: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
+    SCAN: gl.constexpr,
+):  # fmt: skip
+    """(log-decays, or 0 without; ridge; the nodes) of a chunk."""
+    rows = gl.arange(0, C, R) + z
+    live = first + rows < stop
+    row = first.to(gl.int64)
+    g = 0.0
+    if G is not None:
+        tokens = gl.arange(0, C, SCAN) + z
+        g = gl.load(G + row * g_t + tokens * g_t, mask=first + tokens < stop, other=0.0).to(gl.float32)
+    ridge = gl.load(RIDGE + row * r_t + rows * r_t, mask=live, other=1.0).to(gl.float32)
+    nodes = ()
+    for n in gl.static_range(ORDER + 1):
+        nodes = nodes + (gl.load(NODES + row * n_t + n * n_n + rows * n_t, mask=live, other=1.0).to(gl.float32),)
+    return g, ridge, nodes
+
+
+@gluon.jit
+def _zero(x):
+    """0, which the compiler does not know: so addresses that it is part of are not kept in registers, but made anew."""
+    return gl.inline_asm_elementwise("and.b32 $0, $1, 0x40000000;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _ask_rows(X, x_s, start, stop, z, x_t, B: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
+    """A tile of a chunk on its way to shared memory; rows behind the last token are zeros."""
+    r = gl.arange(0, C, gl.SliceLayout(1, B)) + z
+    d = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
+    _copy(x_s, X + start.to(gl.int64) * x_t + (r[:, None] * x_t + d), mask=(start + r < stop)[:, None])
+
+
+@gluon.jit
+def _ask_state(STATES, S_s, z, B: gl.constexpr, D: gl.constexpr):
+    """The S that enters a chunk on its way to shared memory."""
+    r = gl.arange(0, D, gl.SliceLayout(1, B)) + z
+    _copy(S_s, STATES + (r[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, B))[None, :]))
+
+
 @gluon.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN])
 def adjoint(
-    Q, K, G, RIDGE, NODES, STATES, TRACES, DX, ADDED, DQ, DK, MOMENTS, DTRACES, TOTALS, DRIDGE, DNODES, DC, SLOTS,
-    length, per_sequence, heads, group, gg,
+    Q, K, G, RIDGE, NODES, STATES, TRACES, DX, ADDED, DQ, DK, MOMENTS, DTRACES, TOTALS, DRIDGE, DNODES, DTRACE, DC,
+    SLOTS, length, per_sequence, heads, group, gg,
     q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
     ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, BLOCKS: gl.constexpr, GATED: gl.constexpr,
     WARPS_N: gl.constexpr,
 ):  # fmt: skip
     """From the gradient DX of ``x_order`` to those of q, ridge and nodes, and what this chunk does to k.
 
-    DK is ADDED plus what readings of this chunk do to it. MOMENTS is ``-sum_n x_{n-1} (read u_n)^T``, DTRACES the sum
-    of the decayed dtrace, TOTALS the log2-decay of the chunk: `scan_later` takes these three to earlier chunks. DC is
-    what the cumulated decays do at reading tokens, without what later chunks read of k (`fold_later`). All of ``[B,
-    T, HQ, ...]``, contiguous; the states as `states` left them, bfloat16.
+    DK is ADDED plus what readings of this chunk do to it, but for the traces: DTRACE has the gradient of that at each
+    token. MOMENTS is ``-sum_n x_{n-1} (read u_n)^T``, DTRACES the sum of the decayed dtrace, TOTALS the log2-decay of
+    the chunk: `scan_later` takes these three to earlier chunks. DC is what the cumulated decays do at reading tokens
+    and, but for the traces, at those that are read by this chunk; `fold_later` adds the rest. All of ``[B, T, HQ,
+    ...]``, contiguous; the states as `states` left them, bfloat16.
     """
     # Layouts: accumulators [C, D], [C, C] and [D, D]; B, whole rows in global memory; R and RC, numbers of rows.
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])
@@ -155,6 +201,7 @@ def adjoint(
     R: gl.constexpr = gl.SliceLayout(1, L)
     RC: gl.constexpr = gl.SliceLayout(1, LC)
     CC: gl.constexpr = gl.SliceLayout(0, LC)
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [4 * WARPS_N], [0])  # (a layout that can be scanned)
     SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
     SHC: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
     SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
@@ -164,54 +211,45 @@ def adjoint(
     if (sequence < 0) | (start >= stop):
         return
     hk = h // group
-    row = start.to(gl.int64)
-    k_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
-    S_s = gl.allocate_shared_memory(gl.bfloat16, [D, D], SHD)
+    kv_heads = heads // group
+    # (With a first dimension, through which the compiler can be given other names for them: see z.)
+    k_1 = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SH)
+    S_1 = gl.allocate_shared_memory(gl.bfloat16, [1, D, D], SHD)
     x_s = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, D], SH)  # x_0, x_1, ...
-    u_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)
-    w_s = gl.allocate_shared_memory(gl.bfloat16, [C, D], SH)  # -read u
+    q_1 = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SH)  # then the first u; the others are where an x was
+    w_1 = gl.allocate_shared_memory(gl.bfloat16, [1, C, D], SH)  # dx, then -read u
     by_x = gl.allocate_shared_memory(gl.bfloat16, [ORDER, C, C], SHC)  # -E (x k^T), for each x
-    by_u = gl.allocate_shared_memory(gl.bfloat16, [C, C], SHC)  # -E (u k^T)
+    by_u1 = gl.allocate_shared_memory(gl.bfloat16, [1, C, C], SHC)  # -E (u k^T)
     # (What E multiplies is rounded to bfloat16. In float16 it has three digits more, and is 0 where it is below 6e-8.)
-    E_s = gl.allocate_shared_memory(gl.float16, [C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
-    # Numbers per token, from the threads that have them to those that want them.
-    c_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    squares_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    E_1 = gl.allocate_shared_memory(gl.float16, [1, C, C], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    q_s, k_s, S_s, w_s = q_1.index(0), k_1.index(0), S_1.index(0), w_1.index(0)
+    by_u, E_s = by_u1.index(0), E_1.index(0)
+    # Numbers per token, from the threads that have them to those that want them (in memory that is free until then).
+    numbers_s = _as(by_u, gl.float32, [2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    c_s, squares_s = numbers_s.index(0), numbers_s.index(1)
 
-    # To shared memory. (Through registers: the interface of asynchronous copies differs between versions of Triton.)
-    br = gl.arange(0, C, gl.SliceLayout(1, B))
-    bd = gl.arange(0, D, gl.SliceLayout(0, B))
-    sr = gl.arange(0, D, gl.SliceLayout(1, B))
-    blive = (start + br < stop)[:, None]
-    at = slot.to(gl.int64) * (heads // group) + hk
-    pk = K + (batch * k_b + hk.to(gl.int64) * k_h + row * k_t) + (br[:, None] * k_t + bd[None, :])
-    pq = Q + (batch * q_b + h.to(gl.int64) * q_h + row * q_t) + (br[:, None] * q_t + bd[None, :])
-    own = ((batch * length + row) * heads + h) * D
-    at_b = br[:, None] * (heads * D) + bd[None, :]
-    k = gl.load(pk, mask=blive, other=0.0)
-    q = gl.load(pq, mask=blive, other=0.0)
-    S = gl.load(STATES + at * (D * D) + (sr[:, None] * D + bd[None, :]))
-    dx = gl.load(DX + own + at_b, mask=blive, other=0.0)
-    # Numbers per token, asked for before anything waits for a tile.
-    rows = gl.arange(0, C, R)
-    live = start + rows < stop
-    token = (batch * length + row + rows) * heads + h
-    ridge = gl.load(RIDGE + batch * r_b + h * r_h + (row + rows) * r_t, mask=live, other=1.0).to(gl.float32)
+    _ask_rows(Q + (batch * q_b + h.to(gl.int64) * q_h), q_s, start, stop, 0, q_t, B, C, D)
+    _ask_rows(K + (batch * k_b + hk.to(gl.int64) * k_h), k_s, start, stop, 0, k_t, B, C, D)
+    state = slot.to(gl.int64) * kv_heads + hk
+    sr = gl.arange(0, D, gl.SliceLayout(1, B))[:, None]
+    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
+    _copy(S_s, STATES + state * (D * D) + (sr * D + bd))
+    async_copy.commit_group()
+    _ask_rows(DX + (batch * length * heads + h) * D, w_s, start, stop, 0, heads * D, B, C, D)
+    async_copy.commit_group()
+    g_t = kv_heads // gg
+    if GATED:
+        G += batch * length * g_t + hk // gg
+    g, ridge, weights = _numbers(
+        G, RIDGE + batch * r_b + h * r_h, NODES + batch * n_b + h * n_h, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C,
+        R, SCAN,
+    )  # fmt: skip
     trace = 0.0
     for b in gl.static_range(BLOCKS):
-        trace += gl.load(TRACES + at * BLOCKS + b)
-    nodes = NODES + batch * n_b + h * n_h + (row + rows) * n_t
-    weights = ()
-    for n in gl.static_range(ORDER + 1):
-        weights = weights + (gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32),)
-    if GATED:
-        tokens = gl.arange(0, C, gl.BlockedLayout([2], [32], [4 * WARPS_N], [0]))  # (a layout that can be scanned)
-        g_at = (batch * length + row + tokens) * (heads // group // gg) + hk // gg
-        g = gl.load(G + g_at, mask=start + tokens < stop, other=0.0).to(gl.float32)
-    k_s.store(k)
-    u_s.store(q)
-    S_s.store(S)
-    w_s.store(dx)
+        trace += gl.load(TRACES + state * BLOCKS + b)
+    live = start + gl.arange(0, C, R) < stop
+    nodes = NODES + batch * n_b + h * n_h + (start.to(gl.int64) + gl.arange(0, C, R)) * n_t
+    async_copy.wait_group(1)
     if GATED:
         g = gl.maximum(g, -110.0) * 1.4426950408889634
         c_s.store(gl.associative_scan(g, 0, _add))
@@ -238,7 +276,7 @@ def adjoint(
     # The readings once more: x_0 ... x_{ORDER-1}, and their weights inside the chunk, negative.
     zeros = gl.zeros([C, D], gl.float32, L)
     zeros_c = gl.zeros([C, C], gl.float32, LC)
-    x = _wide(u_s.load(L)) * steps[0][:, None]
+    x = _wide(q_s.load(L)) * steps[0][:, None]
     theta = 1.0 / steps[0]  # x_0 theta is q, which needs no memory of its own
     x_s.index(0).store(x.to(gl.bfloat16))
     _ready()
@@ -265,9 +303,12 @@ def adjoint(
             x_s.index(n).store(x.to(gl.bfloat16))
             _ready()
 
-    # Back. u_n stays in shared memory for dq: the first in u_s, the others where an x was that nobody reads any more.
-    y = _wide(w_s.load(L))
+    # Back. What y waits for comes first; dk and the moment are on their way while the next u is prepared.
+    z = _zero(start)
+    k_s, S_s, w_s, by_u, E_s = k_1.index(z), S_1.index(z), w_1.index(z), by_u1.index(z), E_1.index(z)
+    async_copy.wait_group(0)
     _barrier()
+    y = _wide(w_s.load(L))
     moment = gl.zeros([D, D], gl.float32, LN)
     dk = gl.zeros([C, D], gl.float32, L)
     part = _own_part(y * 0.0, WARPS_N)
@@ -278,21 +319,22 @@ def adjoint(
     dthetas, after = (), part
     for n in gl.static_range(ORDER, 0, -1):
         if n == ORDER:
-            u_n = u_s
+            u_n = q_1.index(z)
         else:
-            u_n = x_s.index(n)
+            u_n = x_s.index(n + z)
         by = steps[n][:, None]
+        xy = _own_part(_wide(x_s.index(n - 1 + z).load(L)) * y, WARPS_N)
+        qy = xy if n == 1 else _own_part(_wide(x_s.index(z).load(L)) * y, WARPS_N)
+        if n < ORDER:
+            dk, moment = warpgroup_mma_wait(0, (dk, moment))
+        _barrier()
         u_n.store((y * by).to(gl.bfloat16))
         w_s.store((y * (-by * read[:, None])).to(gl.bfloat16))
+        y *= 1.0 - by * ridge[:, None]
         _ready()
         raw = warpgroup_mma(u_n, k_s.permute((1, 0)), zeros_c, use_acc=False, is_async=True)
-        dk = warpgroup_mma(by_x.index(n - 1).permute((1, 0)), u_n, dk, is_async=True)
-        moment = warpgroup_mma(x_s.index(n - 1).permute((1, 0)), w_s, moment, is_async=True)
-        xy = _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
-        qy = xy if n == 1 else _own_part(_wide(x_s.index(0).load(L)) * y, WARPS_N)
-        y *= 1.0 - by * ridge[:, None]
-        raw = warpgroup_mma_wait(2, (raw,))
         y = warpgroup_mma(w_s, S_s, y, is_async=True)
+        raw = warpgroup_mma_wait(1, (raw,))
         by_u.store((raw * -E_s.load(LC).to(gl.float32)).to(gl.bfloat16))
         if GATED:
             u_ = _diagonal(raw, WARPS_N)
@@ -300,12 +342,13 @@ def adjoint(
             same = u_.to(gl.bfloat16).to(gl.float32) * x_ - x_.to(gl.bfloat16).to(gl.float32) * u_
             dc += 0.5 * gl.convert_layout(same, part.type.layout)
         _ready()
-        dk = warpgroup_mma(by_u.permute((1, 0)), x_s.index(n - 1), dk, is_async=True)
         y = warpgroup_mma(by_u, k_s, y, is_async=True)
-        y, dk, moment = warpgroup_mma_wait(0, (y, dk, moment))
-        _barrier()
+        dk = warpgroup_mma(by_x.index(n - 1 + z).permute((1, 0)), u_n, dk, is_async=True)
+        dk = warpgroup_mma(by_u.permute((1, 0)), x_s.index(n - 1 + z), dk, is_async=True)
+        moment = warpgroup_mma(x_s.index(n - 1 + z).permute((1, 0)), w_s, moment, is_async=True)
+        y = warpgroup_mma_wait(3, (y,))
         step = gl.convert_layout(steps[n], P)[:, None, None]
-        after = _own_part(_wide(x_s.index(n - 1).load(L)) * y, WARPS_N)
+        after = _own_part(_wide(x_s.index(n - 1 + z).load(L)) * y, WARPS_N)
         xSu = (1.0 - step * ridge_p) * xy - after
         dtheta = -step * (step * (theta_p * qy - ridge_p * xy) - xSu)
         dthetas = dthetas + (dtheta,)
@@ -313,8 +356,19 @@ def adjoint(
         dridge += dtheta - step * xy
         dtrace += dtheta * gl.convert_layout(node, P)[:, None, None]
         dc -= xSu
+    dk, moment = warpgroup_mma_wait(0, (dk, moment))
+    dc -= 0.5 * _own_part(dk * _wide(k_s.load(L)), WARPS_N)
 
     # Gradients of the numbers per token.
+    z = _zero(start)
+    br = gl.arange(0, C, gl.SliceLayout(1, B)) + z
+    blive = (start + br < stop)[:, None]
+    first = (batch * length + start) * heads + h
+    own = first * D
+    at_b = br[:, None] * (heads * D) + bd
+    rows = gl.arange(0, C, R) + z
+    token = first + rows * heads
+    live = start + rows < stop
     added = gl.load(ADDED + own + at_b, mask=blive, other=0.0)
     for _ in gl.static_range(ORDER, 4):
         dthetas = dthetas + (part,)
@@ -323,30 +377,24 @@ def adjoint(
     gl.store(DNODES + token * (ORDER + 1), dtheta * traces, mask=live)
     dridge = sums[1] + dtheta
     dtrace = sums[2] + dtheta * gl.load(nodes, mask=live, other=1.0).to(gl.float32)
-    dc = sums[3]
     for i in gl.static_range(ORDER):
         gl.store(DNODES + token * (ORDER + 1) + (ORDER - i), sums[4 + i] * traces, mask=live)
     gl.store(DRIDGE + token, dridge, mask=live)
-    dc += dtrace * traces
+    gl.store(DTRACE + token, dtrace, mask=live)
+    gl.store(DC + token, sums[3] + dtrace * traces, mask=live)
     at = slot.to(gl.int64) * heads + h
     gl.store(DTRACES + at, gl.sum(dtrace * read, 0))
     gl.store(TOTALS + at, total)
-    m = gl.sum(E_s.load(LC).to(gl.float32) * gl.convert_layout(dtrace, RC)[:, None], 0)
-    k = _wide(k_s.load(L))
-    dk += (2.0 * gl.convert_layout(m, R))[:, None] * k
-    dc -= 0.5 * gl.sum(dk * k, 1)
-    gl.store(DC + token, dc, mask=live)
 
     # Through shared memory, so that whole rows are written.
     _barrier()
     S_s.store(moment.to(gl.bfloat16))
-    dq = y * steps[0][:, None]
-    for i in gl.static_range(ORDER):
-        dq += _wide(u_s.load(L) if i == 0 else x_s.index(ORDER - i).load(L))
-    _barrier()
-    u_s.store(dq.to(gl.bfloat16))
     w_s.store(dk.to(gl.bfloat16))
+    dq = y * steps[0][:, None]
+    for n in gl.static_range(ORDER, 0, -1):
+        dq += _wide((q_s if n == ORDER else x_s.index(n)).load(L))
+    q_s.store(dq.to(gl.bfloat16))  # (a thread overwrites what it has read)
     _barrier()
-    gl.store(MOMENTS + at * (D * D) + sr[:, None] * D + bd[None, :], S_s.load(B))
-    gl.store(DQ + own + at_b, u_s.load(B), mask=blive)
+    gl.store(MOMENTS + at * (D * D) + (sr + z) * D + bd, S_s.load(B))
+    gl.store(DQ + own + at_b, q_s.load(B), mask=blive)
     gl.store(DK + own + at_b, (w_s.load(B).to(gl.float32) + added.to(gl.float32)).to(gl.bfloat16), mask=blive)

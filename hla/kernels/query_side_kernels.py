@@ -432,13 +432,21 @@ def scan_later(
         tl.store(LEAVE + (tl.cast(n, tl.int64) * heads + h) * (D * D) + x, carry + diagonal)
 
 
+@triton.jit
+def _before(decay_later, later, decay, x):
+    """(decay to what is behind both, sum of what is decayed to the first of them) of later tokens and those before."""
+    return decay_later * decay, x + decay * later
+
+
 @triton.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg"])
 def fold_later(
-    K, G, MOMENTS, TRACES, DK, DC, SLOTS, length, per_sequence, heads, group, gg, k_b, k_t, k_h,
+    K, G, MOMENTS, TRACES, DTRACE, DK, DC, SLOTS, length, per_sequence, heads, group, gg, k_b, k_t, k_h,
     D: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """To DK and DC of a chunk what later chunks do: ``dk = (M + M^T) k + 2 m k``, decayed to each token."""
+    """To DK and DC of a chunk what later chunks do, ``dk = (M + M^T) k``, decayed to each token, and what traces do
+    there and in this chunk, ``2 m k``, with DTRACE of this one's tokens.
+    """
     h = tl.program_id(0) % heads
     slot = tl.program_id(0) // heads
     sequence, batch, start, stop = _segment(SLOTS, slot, per_sequence, C, length)
@@ -447,11 +455,21 @@ def fold_later(
     pk, k, dk, live, in_k, token, out = _by_moment(
         K, MOMENTS, batch, slot, start, stop, length, heads, h, group, k_b, k_t, k_h, D, C, BK, OPERAND, PRECISION
     )  # fmt: skip
+    dtrace = tl.load(DTRACE + token * heads + h, mask=live, other=0.0)
+    m = tl.load(TRACES + tl.cast(slot, tl.int64) * heads + h)
     kf = k.to(tl.float32)
-    dk += 2.0 * tl.load(TRACES + tl.cast(slot, tl.int64) * heads + h) * kf
     if GATED:
-        c, total = _decays(G, token, live, heads // group // gg, h // group // gg)
+        kv_heads, hg = heads // group // gg, h // group // gg
+        c, total = _decays(G, token, live, kv_heads, hg)
         dk *= tl.exp2(total - c)[:, None]
+        m = m * tl.exp2(total - c)
+        follows = live & (start + tl.arange(0, C) + 1 < stop)
+        g = tl.load(G + (token + 1) * kv_heads + hg, mask=follows, other=0.0).to(tl.float32)
+        _, traces = tl.associative_scan((tl.exp2(g * 1.4426950408889634), dtrace), 0, _before, reverse=True)
+    else:
+        traces = tl.cumsum(dtrace, 0, reverse=True)
+    dk += 2.0 * (m + traces)[:, None] * kf
+    if GATED:
         at = token * heads + h
         dc = tl.load(DC + at, mask=live, other=0.0)
         tl.store(DC + at, dc - 0.5 * tl.sum(dk * kf, 1), mask=live)

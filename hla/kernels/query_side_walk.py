@@ -1,9 +1,10 @@
 # mypy: ignore-errors
-"""The forward pass of `hla_q` for Hopper GPUs and heads of 64, in Gluon: one walk with S and P in registers.
+"""The forward pass of `hla_q` for Hopper GPUs, in Gluon: at heads of 64 one walk with S and P in registers; at heads
+of 128, where there is no room for those, the readings of S chunk by chunk.
 
-Per chunk all readings of S, as in `query_side_kernels.solve`, then that of P, as in `linear_attn.walk`. What moves is
-q, k, v and o, and x where a backward pass will want it. There are as many roundings as in the three launches it takes
-the place of, but for x_0, which has none.
+Of the walk, per chunk all readings of S, as in `query_side_kernels.solve`, then that of P, as in `linear_attn.walk`.
+What moves is q, k, v and o, and x where a backward pass will want it. There are as many roundings as in the three
+launches it takes the place of, but for x_0, which has none.
 
 The readings of a chunk wait for each other, so what can be is under way before: tiles and numbers of the next chunk,
 and the products that move S and P to the end of this one. Left operands stay in registers, so that no warp waits for
@@ -24,12 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from hla.kernels.launch import launch
 from hla.kernels.linear_attn import accumulate
-from hla.kernels.query_side_hopper import _add, _barrier, _ready, _segment, _wide
+from hla.kernels.query_side_hopper import _add, _barrier, _copy, _numbers, _ready, _segment, _wide
 from hla.kernels.query_side_kernels import PER_TOKEN
 from hla.kernels.segments import Cut
 
-SIZE = 64  # of heads and chunks
-_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared  # (it was renamed)
+SIZE = 64  # of heads and chunks of the walk
 
 
 @gluon.jit
@@ -46,35 +46,13 @@ def _ask(Q, K, V, q_s, k_s, v_s, first, stop, z, q_t, k_t, v_t, B: gl.constexpr,
 
 
 @gluon.jit
-def _numbers(
-    G, RIDGE, NODES, first, stop, z, r_t, n_t, n_n, g_t, ORDER: gl.constexpr, C: gl.constexpr, R: gl.constexpr,
-    SCAN: gl.constexpr,
-):  # fmt: skip
-    """(log-decays, or 0 without; ridge; the nodes) of a chunk."""
-    rows = gl.arange(0, C, R) + z
-    live = first + rows < stop
-    row = first.to(gl.int64)
-    g = 0.0
-    if G is not None:
-        tokens = gl.arange(0, C, SCAN) + z
-        g = gl.load(G + row * g_t + tokens * g_t, mask=first + tokens < stop, other=0.0).to(gl.float32)
-    ridge = gl.load(RIDGE + row * r_t + rows * r_t, mask=live, other=1.0).to(gl.float32)
-    nodes = ()
-    for n in gl.static_range(ORDER + 1):
-        nodes = nodes + (gl.load(NODES + row * n_t + n * n_n + rows * n_t, mask=live, other=1.0).to(gl.float32),)
-    return g, ridge, nodes
-
-
-@gluon.jit
 def _operand(x, L: gl.constexpr):
     """The left operand of a product, from an accumulator: of the same thread."""
     return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, L, 2))
 
 
 @gluon.jit
-def _reading(
-    x, q_s, k_s, S_s, more, read, minus_E, zeros_c, L: gl.constexpr
-):
+def _reading(x, q_s, k_s, S_s, more, read, minus_E, zeros_c, L: gl.constexpr):
     """``x more + q - S x`` of a chunk, from x times what it weighs."""
     left = _operand(x, L)
     left_r = _operand(x * -read[:, None], L)
@@ -266,7 +244,7 @@ def solve_hopper(
     ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, BLOCKS: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """``x_ORDER`` of one chunk and one head to X, from the S that enters the chunk: `query_side_kernels.solve`."""
-    # Layouts: accumulators [C, D] and [C, C]; B, whole rows in global memory; R, RC and CC, numbers of rows and columns.
+    # Layouts: accumulators [C, D] and [C, C]; B, whole rows in global memory; R, RC and CC, numbers of rows, columns.
     L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
     B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
@@ -305,8 +283,8 @@ def solve_hopper(
     if GATED:
         G += batch * length * g_t + hk // gg
     g, ridge, nodes = _numbers(
-        G, RIDGE + batch * r_b + h * r_h, NODES + batch * n_b + h * n_h, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C, R,
-        SCAN,
+        G, RIDGE + batch * r_b + h * r_h, NODES + batch * n_b + h * n_h, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C,
+        R, SCAN,
     )  # fmt: skip
     trace = 0.0
     for b in gl.static_range(BLOCKS):

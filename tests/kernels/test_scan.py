@@ -29,7 +29,7 @@ def test_moments_of_later_chunks_and_what_they_do_to_k(lengths, gated, ends):
     )
     moments, m = torch.randn(chunks.slots, HEADS, D, D), torch.randn(chunks.slots, HEADS)
     k, g = torch.randn(B, T, HEADS // GROUP, D), -torch.rand(B, T, HEADS // GROUP)
-    dk, dc = torch.randn(B, T, HEADS, D), torch.randn(B, T, HEADS)
+    dk, dc, dtrace = torch.randn(B, T, HEADS, D), torch.randn(B, T, HEADS), torch.randn(B, T, HEADS)
     entering = torch.randn(chunks.sequences, D, HEADS, D).transpose(1, 2) if ends else None
     leaving = torch.empty(chunks.sequences, HEADS, D, D) if ends else None
     log2e = 1.4426950408889634
@@ -52,6 +52,9 @@ def test_moments_of_later_chunks_and_what_they_do_to_k(lengths, gated, ends):
             keys = k[b, own].to(F64).repeat_interleave(GROUP, 1)
             added = torch.einsum("thk,hkj->thj", keys, carry + carry.mT) + 2 * carry_m[:, None] * keys
             added *= (decay.sum(0) - decay.cumsum(0)).exp()[..., None]
+            for t in range(end - begin):  # traces inside the chunk
+                weight = (decay[t:].cumsum(0) - decay[t]).exp()
+                added[t] += 2 * (weight * dtrace[b, own][t:]).sum(0)[:, None] * keys[t]
             want_dk[b, own] += added
             want_dc[b, own] -= 0.5 * (added * keys).sum(-1) * gated
             rho = decay.sum(0).exp()
@@ -69,7 +72,7 @@ def test_moments_of_later_chunks_and_what_they_do_to_k(lengths, gated, ends):
     )  # fmt: skip
     launch(
         fold_later, chunks.slots * HEADS,
-        k, g if gated else None, moments, traces, dk, dc, chunks.table, T, chunks.per_sequence, HEADS, GROUP, 1,
+        k, g if gated else None, moments, traces, dtrace, dk, dc, chunks.table, T, chunks.per_sequence, HEADS, GROUP, 1,
         *k.stride()[:3], D=D, C=C, BK=D, GATED=gated, OPERAND=tl.float32, PRECISION="ieee", warps=4, stages=1,
     )  # fmt: skip
     assert_close(dk, want_dk, 1e-5)
