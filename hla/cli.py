@@ -234,7 +234,7 @@ def train_command(
         typer.Option(
             "--shard/--no-shard",
             help="Ranks of --dp and --sp share weights, gradients and moments, or each has all of them (default: the "
-            "latter with --dp alone on GPUs where they are small, which is faster).",
+            "latter without --tp on GPUs where they are small, which is faster).",
             rich_help_panel="Scale",
         ),
     ] = DEFAULT.shard,
