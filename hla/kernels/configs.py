@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from hla.kernels.ahead import real
+
 
 class Config(NamedTuple):
     """Rows of a chunk, columns of the state a program owns, warps, and stages of the load pipeline."""
@@ -107,9 +109,13 @@ def overlaps(device: torch.device) -> bool:
     return device_config(device)[0] >= (9, 0) and torch.version.hip is None
 
 
-@functools.cache
 def device_config(device: torch.device) -> tuple[tuple[int, int], int]:
     """Compute capability and number of multiprocessors; those of an H100 where there is no card (interpreter)."""
+    return _device_config(real(device))
+
+
+@functools.cache
+def _device_config(device: torch.device) -> tuple[tuple[int, int], int]:
     if device.type != "cuda":
         return (9, 0), 132
     properties = torch.cuda.get_device_properties(device)

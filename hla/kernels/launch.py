@@ -18,6 +18,7 @@ It runs beside that one from the start and waits before it ends; what follows it
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from hla.kernels import ahead
 
 INTERPRETED = triton.knobs.runtime.interpret
 
@@ -70,8 +73,16 @@ def launch(
         kernel[(programs,)](*args, **constants)
         return
     pointers = [x for x in args if x is None or isinstance(x, Tensor)]
-    device = next(x.device for x in pointers if x is not None)
+    device = ahead.real(next(x.device for x in pointers if x is not None))
     what = (kernel, device.index, warps, stages, registers, *constants.values())
+    if ahead.local.notes is not None:
+        key = (what, *_kinds(kernel, args))
+        if key not in _compiled:
+            assert tuple(constants) == tuple(p.name for p in kernel.params if p.is_constexpr)
+            kinds = [x.dtype if isinstance(x, Tensor) else x for x in args]
+            options = _options(constants, warps, stages, registers)
+            ahead.local.notes[key] = functools.partial(_compile, kernel, device, kinds, constants | options)
+        return
     # The same numbers as before, as they are in training, need not be looked at one by one.
     exact = (
         what,
@@ -87,16 +98,29 @@ def launch(
         compiled = _compiled.get(key)
         if compiled is None:
             assert tuple(constants) == tuple(p.name for p in kernel.params if p.is_constexpr)
-            options: dict[str, Any] = {"launch_pdl": True} if constants.get("PDL") else {}
-            if registers is not None:
-                options["maxnreg"] = registers
-            compiled = kernel[(programs,)](*args, **constants, num_warps=warps, num_stages=stages, **options)
+            ahead.wait_for(key)
+            compiled = kernel[(programs,)](*args, **constants, **_options(constants, warps, stages, registers))
         else:
             compiled[(programs, 1, 1)](*args, *constants.values())
     if compiled is not None:
         if len(_compiled) > 100_000:
             _compiled.clear()
         _compiled[exact] = _compiled[key] = compiled
+
+
+def _options(constants: dict[str, Any], warps: int, stages: int, registers: int | None) -> dict[str, Any]:
+    options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
+    if constants.get("PDL"):
+        options["launch_pdl"] = True
+    if registers is not None:
+        options["maxnreg"] = registers
+    return options
+
+
+def _compile(kernel, device: torch.device, args: list, settings: dict[str, Any]) -> None:
+    """args: as for a launch, but dtypes in the place of tensors."""
+    with _current(device):
+        kernel.warmup(*args, grid=(1,), **settings)
 
 
 def copies_whole(*tensors: Tensor) -> bool:

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from hla.kernels.ahead import expecting
+
 Tensors = Sequence[Tensor | None]
 
 
@@ -90,7 +92,8 @@ class Operation:
             return self.op([x for x in tensors if x is not None], present, plan)[:results]
         if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
             return list(_Function.apply(self, plan, *tensors))
-        return self.forward(plan, *tensors, keep=False)[0]
+        with expecting(self, plan, tensors, None):
+            return self.forward(plan, *tensors, keep=False)[0]
 
 
 _PLAIN = (Tensor, torch.nn.Parameter, type(None))
@@ -99,7 +102,8 @@ _PLAIN = (Tensor, torch.nn.Parameter, type(None))
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, operation: Operation, plan: str, *tensors):
-        results, kept = operation.forward(plan, *tensors, keep=True)
+        with expecting(operation, plan, tensors, ctx.needs_input_grad[2:]):
+            results, kept = operation.forward(plan, *tensors, keep=True)
         ctx.operation, ctx.plan, ctx.count = operation, plan, len(tensors)
         ctx.save_for_backward(*tensors, *results[operation.first_saved(plan) :], *kept)
         ctx.set_materialize_grads(False)

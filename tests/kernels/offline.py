@@ -7,12 +7,15 @@ the spilled bytes. Not in the interpreter: TRITON_INTERPRET must not be set in t
 
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import triton
@@ -20,6 +23,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.jit import JITFunction
+
+from hla.kernels import ahead
 
 TYPES = {
     torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
@@ -42,21 +47,43 @@ class Needs(NamedTuple):
     shared: int
 
 
-def record(function: Callable[[], object]) -> list[Launch]:
-    """The launches a function makes."""
+def record(function: Callable[[], object], foreseen: list[Launch] | None = None) -> list[Launch]:
+    """The launches a function makes. To foreseen, if it is given, come those that `hla.kernels.ahead` compiles."""
     launches: list[Launch] = []
 
     def run(self, *args, grid, warmup, **kwargs):
         names = [p.name for p in self.params]
         arguments = dict(zip(names, args, strict=False)) | {n: x for n, x in kwargs.items() if n in names}
-        launches.append(Launch(self, arguments, {n: x for n, x in kwargs.items() if n not in names}))
+        launch = Launch(self, arguments, {n: x for n, x in kwargs.items() if n not in names})
+        (foreseen if warmup else launches).append(launch)
 
-    original, JITFunction.run = JITFunction.run, run
-    try:
+    patches = [
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(ahead, "ThreadPoolExecutor", _AtOnce),
+        mock.patch.dict(ahead._coming, clear=True),
+    ]
+    if foreseen is None:
+        patches.append(mock.patch.object(ahead, "_rehearse"))
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
         function()
-    finally:
-        JITFunction.run = original
     return launches
+
+
+class _AtOnce:
+    """An executor without threads."""
+
+    def __init__(self, *_):
+        pass
+
+    def submit(self, function: Callable[[], object]) -> Future:
+        future: Future = Future()
+        future.set_result(function())
+        return future
+
+    def shutdown(self, wait: bool) -> None:
+        pass
 
 
 def compiled(launch: Launch, capability: int) -> Needs:

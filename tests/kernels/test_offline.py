@@ -384,6 +384,7 @@ OTHERS = (
 
 def compilation(launch) -> str:
     """What Triton compiles a kernel anew for."""
+    import torch
     from torch import Tensor
 
     kinds = []
@@ -391,7 +392,7 @@ def compilation(launch) -> str:
         x = launch.arguments[parameter.name]
         if parameter.is_constexpr or x is None:
             kinds.append(f"{parameter.name}={x}")
-        elif isinstance(x, Tensor):
+        elif isinstance(x, Tensor) or isinstance(getattr(x, "dtype", None), torch.dtype):  # (or what stands for one)
             kinds.append(f"{parameter.name}:{x.dtype}")
         elif isinstance(x, int) and not parameter.do_not_specialize:
             kinds.append(f"{parameter.name}={1 if x == 1 else 'multiple of 16' if x % 16 == 0 else 'int'}")
@@ -409,6 +410,39 @@ def count_compilations(names: list[str]) -> dict[str, list]:
                 launches = record_operator(name, B, T, 4, 64, 64, "bfloat16", *lengths, **OPERATORS[name])
                 kinds[-1] |= {compilation(launch) for launch in launches}
         results[name] = sorted(kinds[1] - kinds[0])
+    return results
+
+
+def count_surprises(names: list[str]) -> dict[str, list]:
+    """By operator, and of what surrounds one in training: what is compiled ahead or launched, but not both."""
+    import warnings
+    from unittest import mock
+
+    from tests.kernels import offline
+
+    warnings.simplefilter("error")
+    pretend(90)
+    results: dict[str, list] = {}
+    foreseen: list = []
+
+    def note(name: str, launches: list) -> None:
+        assert launches
+        surprises = {compilation(x) for x in launches} ^ {compilation(x) for x in foreseen}
+        results[name] = results.get(name, []) + sorted(surprises)
+        foreseen.clear()
+
+    original = offline.record
+    with mock.patch.object(offline, "record", lambda function, _=None: original(function, foreseen)):
+        for name in names:
+            sizes = ((64, "bfloat16", True), (128, "bfloat16", True), (64, "float32", True), (128, "bfloat16", False))
+            for D, dtype, gate in sizes:
+                for B, T, *lengths in WHOLE_SPLIT_PACKED:
+                    note(name, record_operator(name, B, T, 4, D, D, dtype, *lengths, gate=gate, **OPERATORS[name]))
+        training = launches_of_training(90, "training", 64, "bfloat16")
+        # (The norm with the stream is no `Operation`: one kernel each way.)
+        note("training", [x for x in training if not x.kernel.__module__.endswith("residual_norm")])
+        launches_of_rotary(90, "rotary", 64, "bfloat16")
+    results["rotary"] = sorted({compilation(x) for x in foreseen})[1:]
     return results
 
 
@@ -484,6 +518,11 @@ def test_other_lengths_batches_and_packings_compile_nothing(name, compiled_anew)
     assert compiled_anew[name] == []
 
 
+def test_what_is_compiled_ahead_is_what_is_launched():
+    pytest.importorskip("triton")
+    for name, surprises in result(start("count_surprises", list(OPERATORS))).items():
+        assert surprises == [], name
+
+
 if __name__ == "__main__":
-    task = {"compile_rows": compile_rows, "count_compilations": count_compilations}[sys.argv[1]]
-    print(json.dumps(task(json.loads(sys.argv[2]))))
+    print(json.dumps(globals()[sys.argv[1]](json.loads(sys.argv[2]))))
