@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +75,7 @@ class Graphed:
         self._parameters = [p for p in parameters if p.requires_grad]
         device = self._parameters[0].device
         self.pool = Pool.on(device) if pool is None and device.type == "cuda" else pool
+        self._own = pool is None
         self._held: list[tuple[nn.Parameter, Tensor, int]] = []  # gradients and addresses that graphs have written down
         self._given = pool is not None  # whether gradients are to stay where they are: from outside, or a shared pool
         self._cleared = False  # whether gradients count as zero, whatever is in them
@@ -133,11 +135,13 @@ class Graphed:
         self._cleared = False
 
     def release(self) -> None:
-        """Forgets all graphs, whose memory is free then. Before a process group ends whose collectives are in them:
-        NCCL waits for them there, for ever.
+        """Forgets all graphs; calls that follow begin anew. To be called before a process group ends whose collectives
+        are in them: NCCL would wait for them there, for ever.
         """
         self._captured.clear()
         self._calls.clear()
+        if self._own and self.pool is not None and self.pool.device.type == "cuda":
+            self.pool = Pool.on(self.pool.device)  # (gradients may be in the old one, which takes no more graphs)
 
     def _run(self, inputs: Mapping[str, Tensor | float]) -> Tensor:
         # The loss with its history ends here: a node of it that lived on would keep the stream of this call.
@@ -204,12 +208,19 @@ class Graphed:
         try:
             # The stream twice: a capture that fails does not give back the one that it had set.
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
-                # (Of other threads, collectives have one that asks the device for events, a capture need not know.)
-                with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode="thread_local"):
+                with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode=_capture_mode()):
                     loss = self._run_for_graph(static)
         except RuntimeError as error:
+            with suppress(RuntimeError):
+                graph.reset()  # (or collectives in it would be waited for, see `release`)
             raise _refusal(error) from error
         return _Captured(graph.replay, {n: x for n, x in static.items() if isinstance(x, Tensor)}, loss)
+
+
+def _capture_mode() -> str:
+    """Of which threads a capture minds what it cannot have. Collectives have one that asks the device for events."""
+    ranks = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return "thread_local" if ranks else "global"
 
 
 def _gradient(p: nn.Parameter) -> Tensor:

@@ -254,9 +254,11 @@ def _train(
     except HLAError as error:
         raise HLAError(f"{error}. {run.last_saved()}") from error
     finally:
-        run.metrics.close()
-        if spread is not None:
-            spread.leave()
+        try:
+            run.metrics.close()
+        finally:
+            if spread is not None:
+                spread.leave()
 
 
 def saved_form(config: TrainConfig) -> TrainConfig:

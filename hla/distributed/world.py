@@ -167,6 +167,9 @@ def meet(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"  # agreements and checkpoints go over the CPU
+        # Of collectives in CUDA graphs NCCL would register the memory, which it takes for one piece: with
+        # expandable_segments it is not, and the ranks would wait for each other for ever.
+        os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
     # torchrun keeps the store when it restarts the ranks: nobody may read what is left of an earlier attempt.
     attempt = f"hla/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     dist.init_process_group(

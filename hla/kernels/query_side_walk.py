@@ -326,7 +326,7 @@ def solve_hopper(
         y = _reading(y * by[:, None], q_s, k_s, S_s, more, read, minus_E, zeros_c, L)
         by = 1.0 / gl.where(live, ridge + more, 1.0)
 
-    # Through shared memory, so that whole rows are written. (A thread overwrites what nobody else has read.)
+    # Through shared memory, so that whole rows are written. (Of q, products have read the rows of their own warp.)
     q_s.store((y * by[:, None]).to(gl.bfloat16))
     _barrier()
     gl.store(X + ((batch * length + row) * heads + h) * D + (br * (heads * D) + bd), q_s.load(B), mask=blive)
