@@ -198,8 +198,8 @@ def pair_gradients_hopper(
     dk_s.store(dk.to(gl.bfloat16))
     if GATED and DG is not None:
         dots -= _own_part(dk * _wide(k_s.load(L)), 1)
-        dots_s = _as(A_s, gl.float32, [C, 4], SHN)
-        both_s = _as(B_s, gl.float32, [C, 4], SHN)
+        sums_s = _as(A_s, gl.float32, [C // 8, C, 4], SHN)
+        dots_s, both_s = sums_s.index(0), sums_s.index(1)
         _barrier()
         dots_s.store(dots.reshape([C, 4]))
         both_s.store(both.reshape([C, 4]))

@@ -26,6 +26,7 @@ WARPS = {64: 4, 128: 8}
 # Names that differ between versions of Triton.
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+# (Of as many bytes, which Triton 3.8 insists on.)
 _as = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 
 
@@ -225,7 +226,7 @@ def adjoint(
     q_s, k_s, S_s, w_s = q_1.index(0), k_1.index(0), S_1.index(0), w_1.index(0)
     by_u, E_s = by_u1.index(0), E_1.index(0)
     # Numbers per token, from the threads that have them to those that want them (in memory that is free until then).
-    numbers_s = _as(by_u, gl.float32, [2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    numbers_s = _as(by_u, gl.float32, [C // 2, C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     c_s, squares_s = numbers_s.index(0), numbers_s.index(1)
 
     _ask_rows(Q + (batch * q_b + h.to(gl.int64) * q_h), q_s, start, stop, 0, q_t, B, C, D)
