@@ -76,6 +76,7 @@ class Graphed:
         device = self._parameters[0].device
         self.pool = Pool.on(device) if pool is None and device.type == "cuda" else pool
         self._own = pool is None
+        self._pool_ended = False  # of one whose graphs are gone and gradients may be there, which takes no more graphs
         self._held: list[tuple[nn.Parameter, Tensor, int]] = []  # gradients and addresses that graphs have written down
         self._given = pool is not None  # whether gradients are to stay where they are: from outside, or a shared pool
         self._cleared = False  # whether gradients count as zero, whatever is in them
@@ -95,6 +96,9 @@ class Graphed:
         """
         if self.pool is None:
             return self.eager(**inputs)
+        if self._pool_ended and self.pool.device.type == "cuda":
+            self.pool = Pool.on(self.pool.device)
+        self._pool_ended = False
         self._hold_gradients()
         key = tuple((n, x.shape, x.dtype) if isinstance(x, Tensor) else (n, x) for n, x in inputs.items())
         full = len(self._captured) == GRAPHS
@@ -140,8 +144,7 @@ class Graphed:
         """
         self._captured.clear()
         self._calls.clear()
-        if self._own and self.pool is not None and self.pool.device.type == "cuda":
-            self.pool = Pool.on(self.pool.device)  # (gradients may be in the old one, which takes no more graphs)
+        self._pool_ended = self._own
 
     def _run(self, inputs: Mapping[str, Tensor | float]) -> Tensor:
         # The loss with its history ends here: a node of it that lived on would keep the stream of this call.
@@ -210,10 +213,12 @@ class Graphed:
             with torch.cuda.device(pool.device), torch.cuda.stream(pool.stream):
                 with torch.cuda.graph(graph, pool=pool.handle, stream=pool.stream, capture_error_mode=_capture_mode()):
                     loss = self._run_for_graph(static)
-        except RuntimeError as error:
+        except BaseException as error:
             with suppress(RuntimeError):
                 graph.reset()  # (or collectives in it would be waited for, see `release`)
-            raise _refusal(error) from error
+            if isinstance(error, RuntimeError):
+                raise _refusal(error) from error
+            raise
         return _Captured(graph.replay, {n: x for n, x in static.items() if isinstance(x, Tensor)}, loss)
 
 

@@ -56,10 +56,11 @@ def main() -> None:
     parser.add_argument("--operators", nargs="+", choices=OWN, default=["hla_q default form", "hla2"])
     parser.add_argument("--least", type=float, default=1.0, help="microseconds; shorter kernels are left out")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ops_cuda_kernels.csv"))
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/ops_DEVICE_kernels.csv")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no GPU; --device cpu is a try without one")
+    out: Path = args.out or Path(f"benchmarks/results/ops_{args.device}_kernels.csv")
     where = environment(args.device) | (gpu_software() if args.device == "cuda" else {})
     table: list[dict[str, Any]] = []
     for shape in args.shapes:
@@ -73,12 +74,12 @@ def main() -> None:
                 print(f"{time:10.1f} {calls:5.4g} x {kernel[:80]}")
                 row = dict(zip(COLUMNS, (name, str(shape), kernel, f"{calls:g}", f"{time:.1f}"), strict=True))
                 table.append(row | where)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="", encoding="utf-8") as file:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with out.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*COLUMNS, *where])
         writer.writeheader()
         writer.writerows(table)
-    print(f"\nwrote {args.out}")
+    print(f"\nwrote {out}")
 
 
 if __name__ == "__main__":

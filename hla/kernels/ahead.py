@@ -6,27 +6,38 @@ forward and backward pass run once with tensors that have no memory, and their l
 What was noted is compiled in threads, while the operator itself goes on and waits for each kernel when it needs it.
 
 That changes when kernels are compiled, and nothing else. A kernel whose arguments differ from what the rehearsal took
-for granted (tensors aligned to 16 bytes, no gradients of final states) is compiled when it is met, as any other.
+for granted (inputs aligned to 16 bytes; which final states will have gradients) is compiled when it is met, as any
+other. A process that ends first waits for kernels that are being compiled.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
-THREADS = 8  # at most
+THREADS = 8  # at most, for an operator
+
+
+class Call(NamedTuple):
+    """Of an `Operation`; needed: of which tensors a backward pass wants gradients, None: there will be none."""
+
+    operation: Any
+    plan: str
+    tensors: Sequence[Tensor | None]
+    needed: Sequence[bool] | None
 
 
 class _Local(threading.local):
-    expected: Callable[[], None] | None = None  # rehearses the operator that is running, unless it has been
+    expected: Call | None = None  # the operator that is running, unless it has been rehearsed
     notes: dict[Any, Callable[[], object]] | None = None  # in a rehearsal: by key, what compiles a kernel
     device: torch.device | None = None  # in a rehearsal: the one that tensors on "meta" stand for
 
@@ -40,23 +51,22 @@ def real(device: torch.device) -> torch.device:
     return local.device if device.type == "meta" and local.device is not None else device
 
 
-@contextlib.contextmanager
-def expecting(operation: Any, plan: str, tensors: Sequence[Tensor | None], needed: Sequence[bool] | None) -> Iterator:
-    """Inside, a launch that finds its kernel missing has all of an `Operation` compiled.
+class expecting:
+    """Inside, a launch that finds its kernel missing has all of an operator compiled; arguments as for `Call`.
 
-    Args:
-        needed: of which tensors a backward pass will want gradients; None: there will be none.
+    (A class, as it is entered at every call.)
     """
 
-    def rehearse() -> None:
-        local.expected = None
-        _rehearse(operation, plan, tensors, needed)
+    __slots__ = ("before", "call")
 
-    before, local.expected = local.expected, rehearse
-    try:
-        yield
-    finally:
-        local.expected = before
+    def __init__(self, *call: Any) -> None:
+        self.call = call
+
+    def __enter__(self) -> None:
+        self.before, local.expected = local.expected, Call(*self.call)
+
+    def __exit__(self, *_: object) -> None:
+        local.expected = self.before
 
 
 def wait_for(key: Any) -> None:
@@ -65,17 +75,28 @@ def wait_for(key: Any) -> None:
     Where that fails the launch, which does it again, says why.
     """
     if local.expected is not None:
-        local.expected()
-    coming = _coming.pop(key, None)
-    if coming is not None:
-        coming.exception()
+        call, local.expected = local.expected, None
+        if torch.version.hip is None:  # (whose compiler has not been seen in threads)
+            _rehearse(call)
+    coming = _coming.get(key)
+    if coming is None:
+        return
+    try:
+        with suppress(CancelledError):
+            coming.exception()
+    except BaseException:  # Ctrl-C: the threads would be waited for at the end of the process
+        for other in _coming.values():
+            other.cancel()
+        raise
+    _coming.pop(key, None)
 
 
-def _rehearse(operation: Any, plan: str, tensors: Sequence[Tensor | None], needed: Sequence[bool] | None) -> None:
+def _rehearse(call: Call) -> None:
+    operation, plan, tensors, needed = call
     there = [x for x in tensors if x is not None]
     local.device, local.notes = there[0].device, {}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _disable_current_modes():
             like = [None if x is None else _without_memory(x) for x in tensors]
             results, kept = operation.forward(plan, *like, keep=needed is not None)
             if needed is not None:
@@ -84,16 +105,23 @@ def _rehearse(operation: Any, plan: str, tensors: Sequence[Tensor | None], neede
                 operation.backward(plan, like, [*results[first:], *kept], grads, needed)
         notes = local.notes
     except Exception as error:
-        warnings.warn(
-            f"kernels will be compiled one after another, as they could not be foreseen: {error}", stacklevel=2
-        )
+        message = f"kernels will be compiled one after another, as they could not be foreseen: {error}"
+        warnings.warn(message, stacklevel=2)
         return
     finally:
         local.device = local.notes = None
     if len(notes) > 1:
-        threads = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "hla-compile")
-        _coming.update((key, threads.submit(compile_)) for key, compile_ in notes.items() if key not in _coming)
+        threads = ThreadPoolExecutor(_threads(), "hla-compile")
+        with suppress(RuntimeError):  # no more threads, or the end of the process: each launch compiles its kernel
+            for key, compile_ in notes.items():
+                if key not in _coming:
+                    _coming[key] = threads.submit(compile_)
         threads.shutdown(wait=False)
+
+
+def _threads() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(THREADS, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def _without_memory(x: Tensor) -> Tensor:

@@ -73,15 +73,21 @@ def launch(
         kernel[(programs,)](*args, **constants)
         return
     pointers = [x for x in args if x is None or isinstance(x, Tensor)]
-    device = ahead.real(next(x.device for x in pointers if x is not None))
+    device = next(x.device for x in pointers if x is not None)
+    notes = ahead.local.notes
+    if notes is not None:
+        device = ahead.real(device)
     what = (kernel, device.index, warps, stages, registers, *constants.values())
-    if ahead.local.notes is not None:
+    if notes is not None:
         key = (what, *_kinds(kernel, args))
         if key not in _compiled:
             assert tuple(constants) == tuple(p.name for p in kernel.params if p.is_constexpr)
-            kinds = [x.dtype if isinstance(x, Tensor) else x for x in args]
+            kinds = [_Like(x.dtype, x.data_ptr() % 16) if isinstance(x, Tensor) else x for x in args]
             options = _options(constants, warps, stages, registers)
-            ahead.local.notes[key] = functools.partial(_compile, kernel, device, kinds, constants | options)
+            if device.type == "cuda":  # what Triton sets up at the first use is not for several threads at once
+                with _current(device):
+                    kernel.device_caches[device.index]
+            notes[key] = functools.partial(_compile, kernel, device, kinds, constants | options)
         return
     # The same numbers as before, as they are in training, need not be looked at one by one.
     exact = (
@@ -117,10 +123,22 @@ def _options(constants: dict[str, Any], warps: int, stages: int, registers: int 
     return options
 
 
+class _Like:
+    """What the compiled code depends on, of a tensor that is not there: its dtype, and how it is aligned."""
+
+    def __init__(self, dtype: torch.dtype, address: int) -> None:
+        self.dtype, self.address = dtype, address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
 def _compile(kernel, device: torch.device, args: list, settings: dict[str, Any]) -> None:
-    """args: as for a launch, but dtypes in the place of tensors."""
+    """args: as for a launch, but for tensors what they are like."""
     with _current(device):
-        kernel.warmup(*args, grid=(1,), **settings)
+        compiled = kernel.warmup(*args, grid=(1,), **settings)
+        with contextlib.suppress(Exception):  # in Triton 3.6 what starts a kernel is compiled, too, and kept on disk
+            triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def copies_whole(*tensors: Tensor) -> bool:

@@ -42,7 +42,9 @@ class Operation:
 
         @torch.library.custom_op(f"hla::{name}", mutates_args=())
         def op(tensors: list[Tensor], present: list[bool], plan: str) -> list[Tensor]:
-            results, kept = forward(plan, *_spread(tensors, present), keep=True)
+            everything = _spread(tensors, present)
+            with expecting(self, plan, everything, [x is not None and x.is_floating_point() for x in everything]):
+                results, kept = forward(plan, *everything, keep=True)
             return [*results, *kept[:always_kept]]
 
         @op.register_fake
@@ -55,7 +57,9 @@ class Operation:
             tensors: list[Tensor], present: list[bool], plan: str, saved: list[Tensor], grads: list[Tensor],
             given: list[bool], needed: list[bool],
         ) -> list[Tensor]:  # fmt: skip
-            found = backward(plan, _spread(tensors, present), saved, _spread(grads, given), needed)
+            everything = _spread(tensors, present)
+            with expecting(self, plan, everything, needed):
+                found = backward(plan, everything, saved, _spread(grads, given), needed)
             return [x for x in found if x is not None]
 
         @op_backward.register_fake
@@ -116,7 +120,9 @@ class _Function(torch.autograd.Function):
             return (None,) * (2 + ctx.count)
         saved = ctx.saved_tensors
         tensors, saved = saved[: ctx.count], saved[ctx.count :]
-        return None, None, *ctx.operation.backward(ctx.plan, tensors, saved, grads, ctx.needs_input_grad[2:])
+        needed = ctx.needs_input_grad[2:]
+        with expecting(ctx.operation, ctx.plan, tensors, needed):  # (forward, everything may have been there)
+            return None, None, *ctx.operation.backward(ctx.plan, tensors, saved, grads, needed)
 
 
 def refuse_double_backward() -> None:

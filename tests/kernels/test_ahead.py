@@ -56,3 +56,31 @@ def test_a_kernel_that_cannot_be_compiled_ahead_is_left_to_its_launch():
     ahead._coming["key"] = failed
     ahead.wait_for("key")
     assert not ahead._coming
+
+
+def test_after_ctrl_c_nothing_more_is_compiled(monkeypatch):
+    waiting, running = Future(), Future()
+    running.set_running_or_notify_cancel()
+    monkeypatch.setattr(running, "exception", lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+    ahead._coming.update(now=running, later=waiting)
+    with pytest.raises(KeyboardInterrupt):
+        ahead.wait_for("now")
+    assert waiting.cancelled()
+    ahead.wait_for("later")  # left to its launch
+
+
+def test_without_threads_launches_compile(monkeypatch):
+    class NoThreads:
+        def __init__(self, *_):
+            pass
+
+        def submit(self, function):
+            raise RuntimeError("can't start new thread")
+
+        def shutdown(self, wait):
+            pass
+
+    monkeypatch.setattr(ahead, "ThreadPoolExecutor", NoThreads)
+    with ahead.expecting(operation(("one", print), ("two", print)), "", [torch.zeros(3)], None):
+        ahead.wait_for("one")
+    assert not ahead._coming

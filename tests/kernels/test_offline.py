@@ -393,7 +393,7 @@ def compilation(launch) -> str:
         if parameter.is_constexpr or x is None:
             kinds.append(f"{parameter.name}={x}")
         elif isinstance(x, Tensor) or isinstance(getattr(x, "dtype", None), torch.dtype):  # (or what stands for one)
-            kinds.append(f"{parameter.name}:{x.dtype}")
+            kinds.append(f"{parameter.name}:{x.dtype}, {x.data_ptr() % 16}")
         elif isinstance(x, int) and not parameter.do_not_specialize:
             kinds.append(f"{parameter.name}={1 if x == 1 else 'multiple of 16' if x % 16 == 0 else 'int'}")
     return " ".join([launch.kernel.__name__, *kinds, *map(str, launch.options.items())])
