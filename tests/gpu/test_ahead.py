@@ -18,7 +18,13 @@ import hla
 from hla.kernels import ahead
 
 compiled = []
-triton.knobs.runtime.jit_post_compile_hook = lambda **k: compiled.append([k["repr"], bool(k["is_manual_warmup"])])
+
+
+def note(key, fn, is_manual_warmup, **_):
+    compiled.append([f"{fn.name} {key}", bool(is_manual_warmup)])
+
+
+triton.knobs.runtime.jit_post_compile_hook = note
 device = torch.device("cuda", torch.cuda.device_count() - 1)  # perhaps not the current one
 q, k, v = (torch.randn(1, 200, 2, 64, device=device, dtype=torch.bfloat16).requires_grad_() for _ in range(3))
 g = (-torch.rand(1, 200, 2, device=device)).requires_grad_()
