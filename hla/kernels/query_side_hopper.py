@@ -163,6 +163,27 @@ def _zero(x):
 
 
 @gluon.jit
+def _numbers_of(
+    G, RIDGE, NODES, TRACES, batch, slot, start, stop, h, heads, group, gg, length, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
+    ORDER: gl.constexpr, C: gl.constexpr, BLOCKS: gl.constexpr, R: gl.constexpr, SCAN: gl.constexpr,
+):  # fmt: skip
+    """`_numbers` of a chunk and a head of q, and the trace of the S that enters it."""
+    hk = h // group
+    kv_heads = heads // group
+    g_t = kv_heads // gg
+    if G is not None:
+        G += batch * length * g_t + hk // gg
+    g, ridge, nodes = _numbers(
+        G, RIDGE + batch * r_b + h * r_h, NODES + batch * n_b + h * n_h, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C,
+        R, SCAN,
+    )  # fmt: skip
+    trace = 0.0
+    for b in gl.static_range(BLOCKS):
+        trace += gl.load(TRACES + (slot.to(gl.int64) * kv_heads + hk) * BLOCKS + b)
+    return g, ridge, nodes, trace
+
+
+@gluon.jit
 def _ask_rows(X, x_s, start, stop, z, x_t, B: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
     """A tile of a chunk on its way to shared memory; rows behind the last token are zeros."""
     r = gl.arange(0, C, gl.SliceLayout(1, B)) + z
@@ -238,16 +259,10 @@ def adjoint(
     async_copy.commit_group()
     _ask_rows(DX + (batch * length * heads + h) * D, w_s, start, stop, 0, heads * D, B, C, D)
     async_copy.commit_group()
-    g_t = kv_heads // gg
-    if GATED:
-        G += batch * length * g_t + hk // gg
-    g, ridge, weights = _numbers(
-        G, RIDGE + batch * r_b + h * r_h, NODES + batch * n_b + h * n_h, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C,
-        R, SCAN,
+    g, ridge, weights, trace = _numbers_of(
+        G, RIDGE, NODES, TRACES, batch, slot, start, stop, h, heads, group, gg, length, r_b, r_t, r_h, n_b, n_t, n_h,
+        n_n, ORDER, C, BLOCKS, R, SCAN,
     )  # fmt: skip
-    trace = 0.0
-    for b in gl.static_range(BLOCKS):
-        trace += gl.load(TRACES + state * BLOCKS + b)
     live = start + gl.arange(0, C, R) < stop
     nodes = NODES + batch * n_b + h * n_h + (start.to(gl.int64) + gl.arange(0, C, R)) * n_t
     async_copy.wait_group(1)

@@ -25,7 +25,17 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warp
 
 from hla.kernels.launch import launch
 from hla.kernels.linear_attn import accumulate
-from hla.kernels.query_side_hopper import _add, _barrier, _copy, _numbers, _ready, _segment, _wide
+from hla.kernels.query_side_hopper import (
+    _add,
+    _ask_rows,
+    _barrier,
+    _copy,
+    _numbers,
+    _numbers_of,
+    _ready,
+    _segment,
+    _wide,
+)
 from hla.kernels.query_side_kernels import PER_TOKEN
 from hla.kernels.segments import Cut
 
@@ -35,13 +45,9 @@ SIZE = 64  # of heads and chunks of the walk
 @gluon.jit
 def _ask(Q, K, V, q_s, k_s, v_s, first, stop, z, q_t, k_t, v_t, B: gl.constexpr, C: gl.constexpr, D: gl.constexpr):
     """Tiles of a chunk on their way to shared memory; rows behind the last token are zeros."""
-    r = gl.arange(0, C, gl.SliceLayout(1, B)) + z
-    d = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
-    live = (first + r < stop)[:, None]
-    row = first.to(gl.int64)
-    _copy(q_s, Q + row * q_t + (r[:, None] * q_t + d), mask=live)
-    _copy(k_s, K + row * k_t + (r[:, None] * k_t + d), mask=live)
-    _copy(v_s, V + row * v_t + (r[:, None] * v_t + d), mask=live)
+    _ask_rows(Q, q_s, first, stop, z, q_t, B, C, D)
+    _ask_rows(K, k_s, first, stop, z, k_t, B, C, D)
+    _ask_rows(V, v_s, first, stop, z, v_t, B, C, D)
     async_copy.commit_group()
 
 
@@ -267,28 +273,18 @@ def solve_hopper(
     c_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     squares_s = gl.allocate_shared_memory(gl.float32, [C], gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
-    br = gl.arange(0, C, gl.SliceLayout(1, B))
-    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
-    sr = gl.arange(0, D, gl.SliceLayout(1, B))[:, None]
-    blive = (start + br < stop)[:, None]
-    br = br[:, None]
-    row = start.to(gl.int64)
-    state = slot.to(gl.int64) * (heads // group) + hk
-    _copy(q_s, Q + (batch * q_b + h.to(gl.int64) * q_h + row * q_t) + (br * q_t + bd), mask=blive)
-    _copy(k_s, K + (batch * k_b + hk.to(gl.int64) * k_h + row * k_t) + (br * k_t + bd), mask=blive)
+    _ask_rows(Q + (batch * q_b + h.to(gl.int64) * q_h), q_s, start, stop, 0, q_t, B, C, D)
+    _ask_rows(K + (batch * k_b + hk.to(gl.int64) * k_h), k_s, start, stop, 0, k_t, B, C, D)
     async_copy.commit_group()
+    sr = gl.arange(0, D, gl.SliceLayout(1, B))[:, None]
+    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
+    state = slot.to(gl.int64) * (heads // group) + hk
     _copy(S_s, STATES + state * (D * D) + (sr * D + bd))
     async_copy.commit_group()
-    g_t = heads // group // gg
-    if GATED:
-        G += batch * length * g_t + hk // gg
-    g, ridge, nodes = _numbers(
-        G, RIDGE + batch * r_b + h * r_h, NODES + batch * n_b + h * n_h, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C,
-        R, SCAN,
+    g, ridge, nodes, trace = _numbers_of(
+        G, RIDGE, NODES, TRACES, batch, slot, start, stop, h, heads, group, gg, length, r_b, r_t, r_h, n_b, n_t, n_h,
+        n_n, ORDER, C, BLOCKS, R, SCAN,
     )  # fmt: skip
-    trace = 0.0
-    for b in gl.static_range(BLOCKS):
-        trace += gl.load(TRACES + state * BLOCKS + b)
 
     async_copy.wait_group(1)
     _ready()
@@ -329,7 +325,9 @@ def solve_hopper(
     # Through shared memory, so that whole rows are written. (Of q, products have read the rows of their own warp.)
     q_s.store((y * by[:, None]).to(gl.bfloat16))
     _barrier()
-    gl.store(X + ((batch * length + row) * heads + h) * D + (br * (heads * D) + bd), q_s.load(B), mask=blive)
+    br = gl.arange(0, C, gl.SliceLayout(1, B))
+    own = ((batch * length + start) * heads + h) * D
+    gl.store(X + own + (br[:, None] * (heads * D) + bd), q_s.load(B), mask=(start + br < stop)[:, None])
 
 
 class Walked(NamedTuple):
