@@ -11,7 +11,6 @@ PyTorch's CPU operations took.
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cuda.entries import OWN, Entry, Inputs, Shape, own
-from benchmarks.measure import environment, gpu_software, synchronize
+from benchmarks.measure import environment, gpu_software, synchronize, write_csv
 
 PASSES = 10
 WARM_UP = 3
@@ -74,11 +73,9 @@ def main() -> None:
                 print(f"{time:10.1f} {calls:5.4g} x {kernel[:80]}")
                 row = dict(zip(COLUMNS, (name, str(shape), kernel, f"{calls:g}", f"{time:.1f}"), strict=True))
                 table.append(row | where)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *where])
-        writer.writeheader()
-        writer.writerows(table)
+    if not table:
+        parser.error(f"no kernel takes {args.least:g} microseconds")
+    write_csv(out, table)
     print(f"\nwrote {out}")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,14 +75,6 @@ def rebuilt(state: Any, parts: Sequence[Any]) -> Any:
     return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
 
 
-def _on(device: torch.device, borders: list[int]) -> Tensor:
-    """Borders between pieces; of equal pieces without a copy from the host, which no CUDA graph takes."""
-    pieces, whole = len(borders) - 1, borders[-1]
-    if borders == [whole // pieces * i for i in range(pieces + 1)]:
-        return torch.arange(pieces + 1, device=device) * (whole // pieces)
-    return torch.tensor(borders, device=device)
-
-
 class Packing:
     """Where packed sequences lie in the pieces; index arithmetic on the device, so that nothing waits for a GPU.
 
@@ -101,7 +94,7 @@ class Packing:
             )
         cu = cu_seqlens.long()
         self.sequences = cu.numel() - 1
-        edges = _on(cu.device, borders)
+        edges = self._edges(borders, cu.device)
         self.sequence_at = torch.searchsorted(cu[1:].contiguous(), edges, right=True).clamp(max=self.sequences - 1)
         begin = cu[self.sequence_at][1:]
         self.tail = edges[1:] - torch.maximum(begin, edges[:-1])  # tokens of each rank's tail
@@ -109,6 +102,14 @@ class Packing:
         self.ends_here = (cu[1:] > edges[rank]) & (cu[1:] <= edges[rank + 1])
         if rank == 0:
             self.ends_here = self.ends_here | (cu[1:] == 0)
+
+    @staticmethod
+    def _edges(borders: list[int], device: torch.device) -> Tensor:
+        """The borders of the pieces; of equal pieces made on the device, as a CUDA graph demands it."""
+        lengths = {stop - start for start, stop in itertools.pairwise(borders)}
+        if len(lengths) == 1:
+            return torch.arange(len(borders), device=device) * lengths.pop()
+        return torch.tensor(borders, device=device)
 
     def tail_of(self, call: Call) -> Call:
         """The call with everything before the tail turned into padding, which changes no state."""

@@ -27,8 +27,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 THREADS = 8  # at most, for an operator
 
 
-class Call(NamedTuple):
-    """Of an `Operation`; needed: of which tensors a backward pass wants gradients, None: there will be none."""
+class Running(NamedTuple):
+    """A call of an `Operation`. needed: of which tensors a backward pass wants gradients, None: there will be none."""
 
     operation: Any
     plan: str
@@ -37,7 +37,7 @@ class Call(NamedTuple):
 
 
 class _Local(threading.local):
-    expected: Call | None = None  # the operator that is running, unless it has been rehearsed
+    expected: Running | None = None  # the operator that is running, unless it has been rehearsed
     notes: dict[Any, Callable[[], object]] | None = None  # in a rehearsal: by key, what compiles a kernel
     device: torch.device | None = None  # in a rehearsal: the one that tensors on "meta" stand for
 
@@ -52,7 +52,7 @@ def real(device: torch.device) -> torch.device:
 
 
 class expecting:
-    """Inside, a launch that finds its kernel missing has all of an operator compiled; arguments as for `Call`.
+    """Inside, a launch that finds its kernel missing has all of an operator compiled; arguments as for `Running`.
 
     (A class, as it is entered at every call.)
     """
@@ -63,7 +63,7 @@ class expecting:
         self.call = call
 
     def __enter__(self) -> None:
-        self.before, local.expected = local.expected, Call(*self.call)
+        self.before, local.expected = local.expected, Running(*self.call)
 
     def __exit__(self, *_: object) -> None:
         local.expected = self.before
@@ -91,7 +91,7 @@ def wait_for(key: Any) -> None:
     _coming.pop(key, None)
 
 
-def _rehearse(call: Call) -> None:
+def _rehearse(call: Running) -> None:
     operation, plan, tensors, needed = call
     there = [x for x in tensors if x is not None]
     local.device, local.notes = there[0].device, {}
@@ -110,13 +110,12 @@ def _rehearse(call: Call) -> None:
         return
     finally:
         local.device = local.notes = None
-    if len(notes) > 1:
-        threads = ThreadPoolExecutor(_threads(), "hla-compile")
-        with suppress(RuntimeError):  # no more threads, or the end of the process: each launch compiles its kernel
-            for key, compile_ in notes.items():
-                if key not in _coming:
-                    _coming[key] = threads.submit(compile_)
-        threads.shutdown(wait=False)
+    threads = ThreadPoolExecutor(_threads(), "hla-compile")
+    with suppress(RuntimeError):  # no more threads, or the end of the process: each launch compiles its kernel
+        for key, compile_ in notes.items():
+            if key not in _coming:
+                _coming[key] = threads.submit(compile_)
+    threads.shutdown(wait=False)
 
 
 def _threads() -> int:

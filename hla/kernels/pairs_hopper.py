@@ -1,8 +1,9 @@
 # mypy: ignore-errors
 """`pair_gradients` of `pairs` for Hopper GPUs, in Gluon, for heads of 64 and 128.
 
-What a program does is little beside the bytes it moves. So it asks for all of them at once, straight into shared
-memory, where every product has its operands, and takes few enough registers that two others compute while it waits.
+What a program does is little beside the bytes it moves. So it asks for all that there is room for at once, straight
+into shared memory, where every product has its operands, and leaves room for two others (heads of 128: one) that
+compute while it waits.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from hla.kernels.launch import copies_whole, launch
-from hla.kernels.query_side_hopper import _add, _as, _barrier, _copy, _own_part, _segment, _wide
+from hla.kernels.query_side_hopper import _add, _as, _barrier, _copy, _own_part, _segment, _wide, _zero
 
 CHUNK = 64
 PART = 64  # columns of P and N that are in shared memory at a time
@@ -156,8 +157,7 @@ def pair_gradients_hopper(
     A_s.store((A * E).to(gl.bfloat16))
     B_s.store((B * E).to(gl.bfloat16))
 
-    # z is 0, which the compiler does not know: so addresses are not those of before, kept in registers until now.
-    z = gl.inline_asm_elementwise("and.b32 $0, $1, 0x40000000;", "=r,r", [start], dtype=gl.int32, is_pure=False, pack=1)
+    z = _zero(start)
     dx = zeros
     dk = zeros
     if GATED and DG is not None:

@@ -158,7 +158,8 @@ def _numbers(
 
 @gluon.jit
 def _zero(x):
-    """0, which the compiler does not know: so addresses that it is part of are not kept in registers, but made anew."""
+    """0, which the compiler does not know: addresses that it is part of are made anew, not kept in registers (or, for
+    want of those, in memory)."""
     return gl.inline_asm_elementwise("and.b32 $0, $1, 0x40000000;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -192,10 +193,10 @@ def _ask_rows(X, x_s, start, stop, z, x_t, B: gl.constexpr, C: gl.constexpr, D: 
 
 
 @gluon.jit
-def _ask_state(STATES, S_s, z, B: gl.constexpr, D: gl.constexpr):
+def _ask_state(STATES, S_s, B: gl.constexpr, D: gl.constexpr):
     """The S that enters a chunk on its way to shared memory."""
-    r = gl.arange(0, D, gl.SliceLayout(1, B)) + z
-    _copy(S_s, STATES + (r[:, None] * D + gl.arange(0, D, gl.SliceLayout(0, B))[None, :]))
+    r = gl.arange(0, D, gl.SliceLayout(1, B))[:, None]
+    _copy(S_s, STATES + (r * D + gl.arange(0, D, gl.SliceLayout(0, B))[None, :]))
 
 
 @gluon.jit(do_not_specialize=["length", "per_sequence", "heads", "group", "gg", *PER_TOKEN])
@@ -252,10 +253,7 @@ def adjoint(
 
     _ask_rows(Q + (batch * q_b + h.to(gl.int64) * q_h), q_s, start, stop, 0, q_t, B, C, D)
     _ask_rows(K + (batch * k_b + hk.to(gl.int64) * k_h), k_s, start, stop, 0, k_t, B, C, D)
-    state = slot.to(gl.int64) * kv_heads + hk
-    sr = gl.arange(0, D, gl.SliceLayout(1, B))[:, None]
-    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
-    _copy(S_s, STATES + state * (D * D) + (sr * D + bd))
+    _ask_state(STATES + (slot.to(gl.int64) * kv_heads + hk) * (D * D), S_s, B, D)
     async_copy.commit_group()
     _ask_rows(DX + (batch * length * heads + h) * D, w_s, start, stop, 0, heads * D, B, C, D)
     async_copy.commit_group()
@@ -378,6 +376,7 @@ def adjoint(
     # Gradients of the numbers per token.
     z = _zero(start)
     br = gl.arange(0, C, gl.SliceLayout(1, B)) + z
+    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
     blive = (start + br < stop)[:, None]
     first = (batch * length + start) * heads + h
     own = first * D
@@ -411,6 +410,7 @@ def adjoint(
         dq += _wide((q_s if n == ORDER else x_s.index(n)).load(L))
     q_s.store(dq.to(gl.bfloat16))  # (a thread overwrites what it has read)
     _barrier()
-    gl.store(MOMENTS + at * (D * D) + (sr + z) * D + bd, S_s.load(B))
+    sr = gl.arange(0, D, gl.SliceLayout(1, B))[:, None] + z
+    gl.store(MOMENTS + at * (D * D) + sr * D + bd, S_s.load(B))
     gl.store(DQ + own + at_b, q_s.load(B), mask=blive)
     gl.store(DK + own + at_b, (w_s.load(B).to(gl.float32) + added.to(gl.float32)).to(gl.bfloat16), mask=blive)

@@ -28,13 +28,14 @@ from hla.kernels.linear_attn import accumulate
 from hla.kernels.query_side_hopper import (
     _add,
     _ask_rows,
+    _ask_state,
     _barrier,
-    _copy,
     _numbers,
     _numbers_of,
     _ready,
     _segment,
     _wide,
+    _zero,
 )
 from hla.kernels.query_side_kernels import PER_TOKEN
 from hla.kernels.segments import Cut
@@ -136,9 +137,9 @@ def walk_readings(
     g, ridge, nodes = _numbers(G, RIDGE, NODES, start, stop, 0, r_t, n_t, n_n, g_t, ORDER, C, R, SCAN)
     chunks = (stop - start + C - 1) // C
     for i in range(0, chunks):
-        # z is 0, which the compiler does not know: without it, addresses would be the same for all chunks, and be kept
-        # from one to the next, in memory, for want of registers.
-        z = gl.inline_asm_elementwise("and.b32 $0, $1, 0x40000000;", "=r,r", [i], dtype=gl.int32, is_pure=False, pack=1)
+        z = _zero(
+            i
+        )  # (without it addresses would be the same for all chunks, and be kept in memory from one to the next)
         S_s, P_s = states_s.index(z), states_s.index(z + 1)
         w_s = tiles_s.index(z)  # keys with what they weigh at the end of the chunk
         x_s = tiles_s.index(z + 1)
@@ -276,10 +277,7 @@ def solve_hopper(
     _ask_rows(Q + (batch * q_b + h.to(gl.int64) * q_h), q_s, start, stop, 0, q_t, B, C, D)
     _ask_rows(K + (batch * k_b + hk.to(gl.int64) * k_h), k_s, start, stop, 0, k_t, B, C, D)
     async_copy.commit_group()
-    sr = gl.arange(0, D, gl.SliceLayout(1, B))[:, None]
-    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
-    state = slot.to(gl.int64) * (heads // group) + hk
-    _copy(S_s, STATES + state * (D * D) + (sr * D + bd))
+    _ask_state(STATES + (slot.to(gl.int64) * (heads // group) + hk) * (D * D), S_s, B, D)
     async_copy.commit_group()
     g, ridge, nodes, trace = _numbers_of(
         G, RIDGE, NODES, TRACES, batch, slot, start, stop, h, heads, group, gg, length, r_b, r_t, r_h, n_b, n_t, n_h,
@@ -326,6 +324,7 @@ def solve_hopper(
     q_s.store((y * by[:, None]).to(gl.bfloat16))
     _barrier()
     br = gl.arange(0, C, gl.SliceLayout(1, B))
+    bd = gl.arange(0, D, gl.SliceLayout(0, B))[None, :]
     own = ((batch * length + start) * heads + h) * D
     gl.store(X + own + (br[:, None] * (heads * D) + bd), q_s.load(B), mask=(start + br < stop)[:, None])
 
