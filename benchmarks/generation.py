@@ -70,14 +70,26 @@ def new_delta(size: str) -> Any:
     Raises:
         ImportError: without the package, or where it does not go with this transformers.
     """
+    return _new_fla("GatedDeltaNet", size, head_dim=head_size(size), expand_v=1)
+
+
+def new_gla(size: str) -> Any:
+    """Its GLA, likewise, with keys as wide as values."""
+    return _new_fla("GLA", size, expand_k=1, expand_v=1)
+
+
+def _new_fla(name: str, size: str, **more: Any) -> Any:
     fla = importlib.import_module("fla.models")
     s = SIZES[size]
-    config = fla.GatedDeltaNetConfig(
+    config = getattr(fla, f"{name}Config")(
         vocab_size=HLAConfig().vocab_size, hidden_size=s["hidden_size"], num_hidden_layers=s["num_hidden_layers"],
-        num_heads=s["num_attention_heads"], head_dim=s["hidden_size"] // s["num_attention_heads"], expand_v=1,
-        intermediate_size=s["intermediate_size"], tie_word_embeddings=True,
+        num_heads=s["num_attention_heads"], intermediate_size=s["intermediate_size"], tie_word_embeddings=True, **more,
     )  # fmt: skip
-    return fla.GatedDeltaNetForCausalLM(config)
+    return getattr(fla, f"{name}ForCausalLM")(config)
+
+
+def head_size(size: str) -> int:
+    return SIZES[size]["hidden_size"] // SIZES[size]["num_attention_heads"]
 
 
 class Models:

@@ -1,8 +1,8 @@
 """``python -m benchmarks.training --device cuda``: tokens per second of training whole models on one GPU.
 
 HLA models of the sizes of `hla.models.SIZES` with random weights, beside the same model with softmax attention in every
-layer, a Llama of transformers and flash-linear-attention's GatedDeltaNet (where it imports) of the same width, depth,
-heads and vocabulary. All are trained as `hla train` does it: float32 weights, bfloat16 autocast, loss in pieces
+layer, a Llama of transformers and flash-linear-attention's GatedDeltaNet and GLA (where they import) of the same width,
+depth, heads and vocabulary. All are trained as `hla train` does it: float32 weights, bfloat16 autocast, loss in pieces
 (`hla.loss`), clipping, AdamW (fused); attention takes cuDNN where it can, else flash. A call is one optimizer step over
 ``--tokens`` tokens in all: as many rows of T tokens as that makes, in micro-batches of up to ``MICRO`` tokens, the same
 for all models of a row. Rows longer than that have their activations recomputed layer by layer. Where models fit
@@ -17,6 +17,7 @@ graphs (`hla.graphed`), which is how `hla train` runs on one GPU; without, Pytho
                         softmax     2 T D           scores and reading of half of T tokens, 2 products of 2 FLOPs
                         HLA         2 (2 + order + 1) D^2     writing S and P, readings of S, one of P
                         delta rule  6 D^2           reading, writing, reading
+                        GLA         4 D^2           writing, reading
                     (as recurrences, however it is computed: work that only chunks or checkpointing cause is no credit)
     mfu             model_flops x tokens per second / the 989 TFLOP/s of the H100's data sheet (bfloat16, dense)
     mfu_measured    the same of the matmul rate measured in this run
@@ -48,9 +49,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cuda.guard import Budget, free, guarded
 from benchmarks.cuda.probes import ceilings
-from benchmarks.generation import new_delta, new_hla, new_softmax
+from benchmarks.generation import head_size, new_delta, new_gla, new_hla, new_softmax
 from benchmarks.measure import environment, gpu_software, interleaved_medians, peak_bytes, say, synchronize, write_csv
-from benchmarks.training_report import DELTA, HLA, LLAMA, SOFTMAX, Row, plot, print_table
+from benchmarks.training_report import DELTA, GLA, HLA, LLAMA, SOFTMAX, Row, plot, print_table
 from hla.build import recompute_activations
 from hla.graphed import EAGER, Graphed, Pool
 from hla.loss import summed_cross_entropy
@@ -72,7 +73,7 @@ def new_own_softmax(size: str) -> HLAForCausalLM:
 
 
 MAKERS: dict[str, Callable[[str], Any]] = {
-    HLA: new_hla, SOFTMAX: new_own_softmax, LLAMA: new_softmax, DELTA: new_delta,
+    HLA: new_hla, SOFTMAX: new_own_softmax, LLAMA: new_softmax, DELTA: new_delta, GLA: new_gla,
 }  # fmt: skip
 
 
@@ -173,12 +174,13 @@ def model_flops(trained: Trained, length: int) -> float:
     """FLOPs of training per token; see above."""
     size, model = SIZES[trained.size], trained.model
     maps = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
-    dim = size["hidden_size"] // size["num_attention_heads"]
+    dim = head_size(trained.size)
     per_head = {
         HLA: 2 * (HLAConfig().order + 3) * dim**2,
         SOFTMAX: 2 * length * dim,
         LLAMA: 2 * length * dim,
         DELTA: 6 * dim**2,
+        GLA: 4 * dim**2,
     }[trained.kind]
     return 6 * maps + 3 * size["num_hidden_layers"] * size["num_attention_heads"] * per_head
 
@@ -396,9 +398,9 @@ def main() -> None:
         parser.error("--graphs goes neither with --compile nor with --longest")
     args.sizes = args.sizes or (["medium"] if args.longest else ["base", "medium", "large"])
     args.contexts = sorted(args.contexts or ([32768, 1 << 20] if args.longest else [2048, 8192, 32768]))
-    if not args.report and importlib.util.find_spec("fla") is None and DELTA in args.models:
+    if not args.report and importlib.util.find_spec("fla") is None and {DELTA, GLA} & {*args.models}:
         say("flash-linear-attention is not installed: its rows are left out")
-        args.models.remove(DELTA)
+        args.models = [kind for kind in args.models if kind not in (DELTA, GLA)]
     suffix = "_longest" if args.longest else "_compiled" if args.compile else "_graphs" if args.graphs else ""
     out = args.out or Path(f"benchmarks/results/training_{args.device}{suffix}.csv")
     if args.report:

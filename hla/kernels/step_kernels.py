@@ -367,8 +367,8 @@ def query_side_kernel(
                 _write(S_new, at, S, stored)
                 _write(P_new, P_at, P, P_inside)
             xj = _iterated(S, query, least, trace, own, ORDER, BK)
-            read = scale * tl.sum(xj[:, None] * P, 0)
-            _write(o, ((b * HKV + kv) * GQ + i) * V + cols, read, cols < V)
+            out = scale * tl.sum(xj[:, None] * P, 0)  # (a name of its own: `read` has another shape below)
+            _write(o, ((b * HKV + kv) * GQ + i) * V + cols, out, cols < V)
         return
 
     xs = tl.zeros((READERS, BK), tl.float32)

@@ -41,6 +41,8 @@ from hla.kernels.configs import block as block_of
 from hla.kernels.configs import device_config, little_memory, overlaps
 from hla.kernels.launch import INTERPRETED, launch, wait
 from hla.kernels.shape import shape, sigmoid, supports
+from hla.kernels.shape_step import fits as shape_step_fits
+from hla.kernels.shape_step import shape_step
 from hla.kernels.step import overlapping
 from hla.ops.recurrent import step
 
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
 
 FEW = 2  # rows of a batch up to which the matrix units are not worth it
 ROWS = 16  # up to which they are one tile
+STREAMED = 8_000_000  # bytes of weights that pass through small programs, where there is one row
 TILE_ROWS = 64  # up to which the products are those of this file, above they are those of cuBLAS
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -307,21 +310,14 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
         _project(x, y, list(weights.values()), norm=block.input_layernorm, pdl=pdl and block.layer_idx > 0)
         parts |= dict(zip(weights, y.split(widths, -1), strict=True))
     gate = parts.get("gate_proj")
-    of = {name: y[:, None] for name, y in parts.items()}
-    shaped = shape(
-        mixer, of["qkv_proj"], write=of.get("write_proj"), decay=of.get("decay_proj"), ridge=of.get("ridge_proj"),
-        mask=mask, history=state.conv, move=True, pdl=pdl,
-    )  # fmt: skip
-    q, k, v = (z[:, 0] for z in (shaped.q, shaped.k, shaped.v))
-    options: dict[str, Any] = {
-        n: z[:, 0] if n in ("g", "ridge") and isinstance(z, Tensor) else z for n, z in shaped.options.items()
-    }
-    with overlapping(pdl):
-        heads, _ = step(mixer.op, q, k, v, state.op, out_state=state.op, scale=mixer.scale, **options)
+    both = [mlp.gate_proj.weight, mlp.up_proj.weight]
+    if shape_step_fits(mixer, state, x):
+        heads = shape_step(mixer, parts, state, mask, pdl)
+    else:
+        heads = _shape_and_step(mixer, parts, state, mask, pdl)
 
     o = heads.flatten(1)
     out_norm, width = mixer.o_norm, mixer.head_v_dim
-    both = [mlp.gate_proj.weight, mlp.up_proj.weight]
     if tiles:
         if B > ROWS:
             o = _normed_gated(o, norm=out_norm, gate=gate, width=width, pdl=pdl)
@@ -336,6 +332,21 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
     normed = _normed_gated(hidden, norm=block.post_attention_layernorm)
     left, right = (_multiply(normed, w) for w in both)
     return hidden.addmm_(_normed_gated(right, gate=left), mlp.down_proj.weight.T)[:, None]
+
+
+def _shape_and_step(mixer: Any, parts: dict[str, Tensor], state: LayerState, mask: Tensor | None, pdl: bool) -> Tensor:
+    of = {name: y[:, None] for name, y in parts.items()}
+    shaped = shape(
+        mixer, of["qkv_proj"], write=of.get("write_proj"), decay=of.get("decay_proj"), ridge=of.get("ridge_proj"),
+        mask=mask, history=state.conv, move=True, pdl=pdl,
+    )  # fmt: skip
+    q, k, v = (z[:, 0] for z in (shaped.q, shaped.k, shaped.v))
+    options: dict[str, Any] = {
+        n: z[:, 0] if n in ("g", "ridge") and isinstance(z, Tensor) else z for n, z in shaped.options.items()
+    }
+    with overlapping(pdl):
+        heads, _ = step(mixer.op, q, k, v, state.op, out_state=state.op, scale=mixer.scale, **options)
+    return heads
 
 
 def _multiply(x: Tensor, weight: Tensor) -> Tensor:
@@ -399,6 +410,25 @@ def _tile(
     return Tile(side, rows, columns, stages, 8 if normed else 4)
 
 
+def _row_tile(size: int, D: int, pair: bool, width: int | None) -> tuple[int, int, int]:
+    """Rows of the weight, columns at a time, and warps of a program of `project_row`.
+
+    A weight of more bytes than the multiprocessors can ask for at once passes through small programs, in pieces: there
+    is always one that asks. A smaller one is asked for as a whole, ahead of `wait`. (Chosen on an H200 by the time of
+    whole models of 124M, 348M and 1.3B parameters, one kind of product after the other.)
+    """
+    whole = block_of(D)
+    if width is not None:
+        return 4 if D > 1024 else 8, max(width, min(whole, 2048)), 4
+    if D > 1024 and size < STREAMED and whole <= 4096:
+        return 2, whole, 8
+    if size >= STREAMED and whole <= 2048:
+        return (2, max(512, whole // 2), 1) if pair else (4, min(whole, 512), 1)
+    if pair:
+        return 2, min(whole, 1024), 4
+    return 4 if D > 1024 else 8, min(whole, 2048), 4
+
+
 def _project(
     x: Tensor, out: Tensor, weights: list[Tensor], *, norm: nn.RMSNorm | None = None, gate: Tensor | None = None,
     width: int | None = None, swiglu: bool = False, residual: Tensor | None = None,
@@ -410,8 +440,8 @@ def _project(
     outputs = sizes[:1] if swiglu else sizes
     warps = 4
     if B <= FEW and (width is None or width == block_of(width)):
-        kernel, columns, stages = project_row, max(width or 16, min(block_of(D), 2048)), 1
-        side, rows = triton.next_power_of_2(B), 4 if D > 1024 else 8
+        kernel, stages, side = project_row, 1, triton.next_power_of_2(B)
+        rows, columns, warps = _row_tile(sum(w.numel() * w.element_size() for w in weights), D, swiglu, width)
     elif B <= ROWS:
         kernel, side, rows, columns, stages = project, ROWS, 16, block_of(width or 256), 4 if width else 3
     else:  # (few kinds of batch, as each compiles its own)

@@ -190,6 +190,8 @@ def launches_of_block(capability: int, _: str, B: int, hidden_size: int, heads: 
     one, many = (torch.zeros(B, T, hidden_size, dtype=torch.bfloat16) for T in (1, 100))
     with torch.no_grad():
         launches = record(lambda: kernels.token(block, one, state, None))
+        held = hidden_size // heads <= 64 or B * heads < 132  # S and P of a head in registers, on Hopper
+        assert ("shape_step_kernel" in {x.kernel.__name__ for x in launches}) == (capability == 90 and held)
         return launches + record(lambda: project(block.mixer, many, None, state.conv, True))
 
 
