@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""`shape` and `hla.step` of hla_q for one token in one launch, in Gluon: a program has a key/value head and its readers.
+"""`shape` and `hla.step` of hla_q for one token in one launch, in Gluon: a program per key/value head and its readers.
 
 A head's convolution, features and norm need nothing of other heads, so what lies between the projections and the
 operator is done where its results are wanted. With few heads in all a token waits for latency, not for bytes: S and P
@@ -40,9 +40,7 @@ def _wait(PDL: gl.constexpr):
 def _exponential(x):
     """As `shape.exponential`."""
     asm: gl.constexpr = "ex2.approx.ftz.f32 $0, $1;"
-    return gl.inline_asm_elementwise(
-        asm, "=f,f", [x * 1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1
-    )
+    return gl.inline_asm_elementwise(asm, "=f,f", [x * 1.4426950408889634], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
@@ -111,7 +109,7 @@ def _factor(row, gate, live, eps, NORM: gl.constexpr, K: gl.constexpr):
 
 
 @gluon.jit
-def _number(X, at, KIND: gl.constexpr):
+def _number(X, at):
     if X is None:
         return 0.0
     else:
@@ -133,7 +131,7 @@ def _nodes(LOGITS, head, ORDER: gl.constexpr):
 
 @gluon.jit
 def shape_step_kernel(
-    Y, MASK, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, S, P, O,
+    Y, MASK, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, S, P, OUT,
     y_r, write_r, decay_r, ridge_r, S_b, P_b, eps, ridge, scale,
     HQ: gl.constexpr, HKV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     TAPS_N: gl.constexpr, FEATURE: gl.constexpr, NORM: gl.constexpr, FIXED: gl.constexpr, ORDER: gl.constexpr,
@@ -165,18 +163,20 @@ def shape_step_kernel(
     known_k = _known(HISTORY, TAPS, b, channels, k_at, in_k, TAPS_N)
     known_v = _known(HISTORY, TAPS, b, channels, v_at, in_v, TAPS_N)
     nodes = _nodes(NODE_LOGITS, h * GQ, ORDER)
-    rate, shift, own = _number(A_LOG, h, 0), _number(DT_BIAS, h, 0), _number(RIDGE_HEAD, h * GQ, 0)
+    rate, shift, own = _number(A_LOG, h), _number(DT_BIAS, h), _number(RIDGE_HEAD, h * GQ)
     before = gl.sum(gl.sum(gl.where(rows == columns, old_S, 0.0), 0), 0)  # the trace
-    q_s, k_s = (gl.allocate_shared_memory(gl.float32, [BK], SHARED), gl.allocate_shared_memory(gl.float32, [BK], SHARED))
+    q_s = gl.allocate_shared_memory(gl.float32, [BK], SHARED)
+    k_s = gl.allocate_shared_memory(gl.float32, [BK], SHARED)
     v_s = gl.allocate_shared_memory(gl.float32, [BV], SHARED)
     x_s = gl.allocate_shared_memory(gl.float32, [2, BK], SHARED)
     _wait(PDL)
+    _barrier()  # whoever holds the same element of a window must have read it
 
     Y += b * y_r
     x_q, x_k = gl.load(Y + q_at, mask=in_k, other=0.0), gl.load(Y + k_at, mask=in_k, other=0.0)
     x_v = gl.load(Y + v_at, mask=in_v, other=0.0)
-    write, logit = _number(WRITE, b * write_r + h, 0), _number(DECAY, b * decay_r + h, 0)
-    ridge_logit = _number(RIDGE_LOGIT, b * ridge_r + h * GQ, 0)
+    write, logit = _number(WRITE, b * write_r + h), _number(DECAY, b * decay_r + h)
+    ridge_logit = _number(RIDGE_LOGIT, b * ridge_r + h * GQ)
     live = b >= 0
     if MASK is not None:
         live = gl.load(MASK + b) != 0
@@ -212,8 +212,8 @@ def shape_step_kernel(
             known = _known(HISTORY, TAPS, b, channels, q_at, in_k, TAPS_N)
             x_q = gl.load(Y + q_at, mask=in_k, other=0.0)
             nodes = _nodes(NODE_LOGITS, head, ORDER)
-            own, ridge_logit = _number(RIDGE_HEAD, head, 0), _number(RIDGE_LOGIT, b * ridge_r + head, 0)
-            _barrier()  # whoever holds the same element of the window must have read it
+            own, ridge_logit = _number(RIDGE_HEAD, head), _number(RIDGE_LOGIT, b * ridge_r + head)
+            _barrier()  # as above
             q_s.store(_convolved(x_q, known, live, HISTORY, b, channels, q_at, in_k, TAPS_N, FEATURE))
         q_row, q = q_s.load(ROW), q_s.load(COLUMN)
         factor = _factor(q_row, 1.0, live, eps, NORM, K)
@@ -232,15 +232,14 @@ def shape_step_kernel(
             x_row = place.load(ROW)
         o = scale * gl.sum(new_P * x_row[:, None], 0)
         o_at = gl.arange(0, BV, COLUMN)
-        gl.store(O + (b * HQ + head) * V + o_at, o.to(O.dtype.element_ty), mask=o_at < V)
+        gl.store(OUT + (b * HQ + head) * V + o_at, o.to(OUT.dtype.element_ty), mask=o_at < V)
     if BK * (BK + BV) > 8192:
         gl.store(S + (rows * K + columns), new_S.to(S.dtype.element_ty), mask=(rows < K) & (columns < K))
         gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty), mask=(rows < K) & (values < V))
 
 
 def fits(mixer: HigherOrderLinearAttention, state: LayerState, x: Tensor) -> bool:
-    """Whether `shape_step` does this for the rows of x (as far as `shape.supports` the layer): a head's S and P then are
-    in registers together."""
+    """Whether `shape_step` does this for the rows of x, in a layer that `shape.supports`: registers hold S and P."""
     S, P = state.op[:2]
     size = block(max(mixer.head_dim, mixer.head_v_dim))
     return (

@@ -1,4 +1,4 @@
-"""One token of a whole block, in six launches or a few more: decoding is reading weights and states, and launching.
+"""One token of a whole block, in five launches or a few more: decoding is reading weights and states, and launching.
 
 A block of the model spends about seventy launches on a token, most of them on a few thousand numbers. Here everything
 between two reads of weights goes into the kernel of one of them:
@@ -12,15 +12,17 @@ between two reads of weights goes into the kernel of one of them:
 | `project` | the norm, both halves of the gated MLP and their product |
 | `project` | the way down, residual |
 
+`shape` and `hla.step` are one launch on Hopper GPUs for hla_q, as long as registers hold the states (`shape_step`).
+
 Up to 16 rows are one tile of the matrix units: more rows of the batch cost nothing until then. Above, tiles have up to
-64 rows, and the heads are normalised and gated in a launch of their own, not anew in every program: seven in all.
-Above TILE_ROWS the large products go to cuBLAS, which is made for them, with what lies between fused: 13 launches.
+64 rows, and the heads are normalised and gated in a launch of their own, not anew in every program: one more.
+Above TILE_ROWS the large products go to cuBLAS, which is made for them, with what lies between fused: 12 or 13 launches.
 
 With few rows each of these kernels takes microseconds, most of them latency of the launch and of memory. Where the card
 can, they overlap (`hla.kernels.launch`): while one ends, the next one asks for the state, for residuals and, with a row
 or two, for its weights. What it reads so early, the launch before it does not write. No launch of a model writes
 weights; the first one of the first block may follow an update of them and starts as usual. The state was written a
-token earlier, or by whoever called, and `project` and `shape` come between. A residual is not from the previous launch
+token earlier, or by whoever called, and `project` comes between. A residual is not from the previous launch
 but from one before. All else is read behind the wait (a line brought into the L2 cache too early is none the worse:
 writes go there). With more rows weights are not asked for early: that took 1.3 times as long for 8 rows of width 2,048,
 as more than the cache holds was asked for at once.
@@ -335,6 +337,7 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
 
 
 def _shape_and_step(mixer: Any, parts: dict[str, Tensor], state: LayerState, mask: Tensor | None, pdl: bool) -> Tensor:
+    """As `shape_step`, in two launches, for any layer and number of rows."""
     of = {name: y[:, None] for name, y in parts.items()}
     shaped = shape(
         mixer, of["qkv_proj"], write=of.get("write_proj"), decay=of.get("decay_proj"), ridge=of.get("ridge_proj"),

@@ -15,6 +15,30 @@ MODELS = {
     "grouped, sizes that are no powers of two": dict(
         hidden_size=200, num_attention_heads=4, num_key_value_heads=2, head_dim=48, head_v_dim=80
     ),
+    "wide values, no gates": dict(
+        hidden_size=64,
+        num_attention_heads=4,
+        head_v_dim=128,
+        write_gate=False,
+        decay="none",
+        ridge=0.5,
+        nodes="chebyshev",
+        conv_size=0,
+        feature_map="elu1",
+        qk_norm="rms",
+    ),
+    "wide keys": dict(
+        hidden_size=64,
+        num_attention_heads=2,
+        head_dim=128,
+        head_v_dim=16,
+        decay="fixed",
+        ridge="head",
+        conv_size=2,
+        feature_map="relu",
+        qk_norm="none",
+        order=1,
+    ),
     "linear_attn": dict(hidden_size=256, num_attention_heads=4, op="linear_attn", decay="fixed", conv_size=0),
 }
 

@@ -195,6 +195,29 @@ def launches_of_block(capability: int, _: str, B: int, hidden_size: int, heads: 
         return launches + record(lambda: project(block.mixer, many, None, state.conv, True))
 
 
+def compile_layers(cases: list[dict]) -> list[int]:
+    """Bytes that a thread of `shape_step` spills, for blocks with these settings; with a mask, too."""
+    import torch
+
+    import hla.kernels.token as kernels
+    from hla.models import HLAConfig
+    from hla.models.modeling_hla import HLABlock
+    from tests.kernels.offline import record
+
+    pretend(90)
+    spilled = []
+    for case in cases:
+        common = dict(hidden_size=64, num_attention_heads=4, intermediate_size=72, num_hidden_layers=1)
+        block = HLABlock(HLAConfig(**common | case), 0).to(torch.bfloat16)
+        state, x = block.mixer.zero_state(2, torch.float32, "cpu"), torch.zeros(2, 1, 64, dtype=torch.bfloat16)
+        for mask in (None, torch.ones(2, 1, dtype=torch.bool)):
+            with torch.no_grad():
+                launches = record(lambda: kernels.token(block, x, state, mask))  # noqa: B023
+            own = [launch for launch in launches if launch.kernel.__name__ == "shape_step_kernel"]
+            spilled += [needs_of(launch, 90)[0].spilled for launch in own]
+    return spilled
+
+
 def launches_of_readings(capability: int, _: str, D: int, dtype: str) -> list:
     """The launches of the kernels that only hla_q has, those of a split among them."""
     pretend(capability)
@@ -346,24 +369,29 @@ def ahead_of_wait(ptx: str) -> int | None:
     return len(re.findall(r"ld\.global|prefetch\.global", before)) if after else None
 
 
-def compile_rows(rows: list) -> list[list]:
-    """``[row, kernel, registers, spilled, shared, ahead_of_wait]`` of everything the rows launch."""
+def needs_of(launch, capability: int) -> tuple:
+    """What a launch needs, and its PTX."""
     import triton
 
     from tests.kernels import offline
 
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
+    # The report of the run of the assembler by Triton itself, whose choice of flags and version is its own.
+    log = io.StringIO()
+    code: list[str] = []
+    offline._assembler_report = lambda ptx, _: code.append(ptx) or log.getvalue()
+    with contextlib.redirect_stdout(log):
+        return offline.compiled(launch, capability), code[0]
+
+
+def compile_rows(rows: list) -> list[list]:
+    """``[row, kernel, registers, spilled, shared, ahead_of_wait]`` of everything the rows launch."""
     results = []
     for row in rows:
         for launch in launches_of_row(tuple(row)):
-            # The report of the run of the assembler by Triton itself, whose choice of flags and version is its own.
-            log = io.StringIO()
-            code: list[str] = []
-            offline._assembler_report = lambda ptx, _, log=log, code=code: code.append(ptx) or log.getvalue()
-            with contextlib.redirect_stdout(log):
-                needs = offline.compiled(launch, row[0])
+            needs, ptx = needs_of(launch, row[0])
             assert bool(launch.options.get("launch_pdl")) == bool(launch.arguments.get("PDL"))
-            results.append([row, *needs, ahead_of_wait(code[0])])
+            results.append([row, *needs, ahead_of_wait(ptx)])
     return results
 
 
@@ -513,6 +541,19 @@ def test_kernels_of_one_token_ask_for_what_is_there_and_then_wait(row, needs):
     *one, last = (ahead for *_, ahead in others)
     assert last is None and [ahead for ahead in one if (ahead is not None) != overlap] == []
     assert row[2] > 2 or 0 not in one  # (tiles ask early for residuals alone)
+
+
+def test_one_token_of_any_layer_compiles_for_hopper():
+    pytest.importorskip("triton")
+    cases = [
+        dict(num_key_value_heads=2, head_dim=16, head_v_dim=128),
+        dict(head_dim=128, head_v_dim=24),
+        dict(conv_size=0, feature_map="elu1", qk_norm="rms"),
+        dict(conv_size=1, order=1),
+        dict(write_gate=False, decay="none", output_gate=False, ridge=0.5, nodes="chebyshev"),
+        dict(decay="fixed", ridge="head", output_norm=False, feature_map="relu", qk_norm="none", conv_size=2),
+    ]
+    assert result(start("compile_layers", cases)) == [0] * 2 * len(cases)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
