@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""`shape` and `hla.step` of hla_q for one token in one launch, in Gluon: a program per key/value head and its readers.
+"""`shape` and `hla.step` of hla_q for one token in one launch, in Gluon: a program per key/value head.
 
 A head's convolution, features and norm need nothing of other heads, so what lies between the projections and the
 operator is done where its results are wanted. With few heads in all a token waits for latency, not for bytes: S and P
