@@ -16,7 +16,7 @@ between two reads of weights goes into the kernel of one of them:
 
 Up to 16 rows are one tile of the matrix units: more rows of the batch cost nothing until then. Above, tiles have up to
 64 rows, and the heads are normalised and gated in a launch of their own, not anew in every program: one more.
-Above TILE_ROWS the large products go to cuBLAS, which is made for them, with what lies between fused: 12 launches or 13.
+Above TILE_ROWS cuBLAS, which is made for them, has the large products, with what lies between fused: 12 or 13 launches.
 
 With few rows each of these kernels takes microseconds, most of them latency of the launch and of memory. Where the card
 can, they overlap (`hla.kernels.launch`): while one ends, the next one asks for the state, for residuals and, with a row
