@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -239,14 +240,22 @@ def shape_step_kernel(
 
 
 def fits(mixer: HigherOrderLinearAttention, state: LayerState, x: Tensor) -> bool:
-    """Whether `shape_step` does this for the rows of x, in a layer that `shape.supports`: registers hold S and P."""
+    """Whether `shape_step` does this for the rows of x, in a layer that `shape.supports`: registers hold S and P.
+
+    A state that is not this layer's does not fit; elsewhere it is refused by name.
+    """
+    B, kv, K, V = x.shape[0], mixer.num_kv_heads, mixer.head_dim, mixer.head_v_dim
+    size = block(max(K, V))
+    if mixer.op != "hla_q" or not has_gluon(device_config(x.device)[0]):
+        return False
+    if not (size <= 64 or (size <= RESIDENT and B * kv < FEW_PROGRAMS)):
+        return False
     S, P = state.op[:2]
-    size = block(max(mixer.head_dim, mixer.head_v_dim))
+    conv = None if mixer.conv_size < 2 else (B, (mixer.num_heads + kv) * K + kv * V, mixer.conv_size - 1)
     return (
-        mixer.op == "hla_q" and has_gluon(device_config(x.device)[0])
-        and (size <= 64 or (size <= RESIDENT and x.shape[0] * mixer.num_kv_heads < FEW_PROGRAMS))
-        and S.dim() == 4 and _rows_are_contiguous(S) and _rows_are_contiguous(P)
-        and (state.conv is None or state.conv.is_contiguous())
+        S.shape == (B, kv, K, K) and P.shape == (B, kv, K, V)
+        and all(x.dtype in (torch.float32, torch.bfloat16) and _rows_are_contiguous(x) for x in (S, P))
+        and (conv is None or (state.conv is not None and state.conv.shape == conv and state.conv.is_contiguous()))
     )  # fmt: skip
 
 

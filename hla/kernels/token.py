@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 
 FEW = 2  # rows of a batch up to which the matrix units are not worth it
 ROWS = 16  # up to which they are one tile
-STREAMED = 8_000_000  # bytes of weights that pass through small programs, where there is one row
+STREAMED = 8_000_000  # bytes of weights that pass through small programs, where there is a row or two
 TILE_ROWS = 64  # up to which the products are those of this file, above they are those of cuBLAS
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -416,9 +416,10 @@ def _tile(
 def _row_tile(size: int, D: int, pair: bool, width: int | None) -> tuple[int, int, int]:
     """Rows of the weight, columns at a time, and warps of a program of `project_row`.
 
-    A weight of more bytes than the multiprocessors can ask for at once passes through small programs, in pieces: there
-    is always one that asks. A smaller one is asked for as a whole, ahead of `wait`. (Chosen on an H200 by the time of
-    whole models of 124M, 348M and 1.3B parameters, one kind of product after the other.)
+    Of the two products of normalised inputs, weights of more bytes than the multiprocessors can ask for at once pass
+    through small programs, in pieces: there is always one that asks. Else a whole row, where it fits, is asked for
+    ahead of `wait`. (Chosen on an H200 by the time of whole models of 124M, 348M and 1.3B parameters, one kind of
+    product after the other.)
     """
     whole = block_of(D)
     if width is not None:

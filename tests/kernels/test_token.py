@@ -9,6 +9,7 @@ from hla.models.modeling_hla import HLABlock
 from tests.ops.cases import assert_close
 
 pytest.importorskip("triton")
+from hla.kernels import shape_step
 from hla.kernels import token as kernels
 from hla.kernels.token import fits, token
 
@@ -92,6 +93,21 @@ def check(block: HLABlock, rows: int, masked: bool, tokens: int = 4) -> None:
         assert_close(y, expected.double(), 2e-6, "y")
         for a, b in zip(*map(state_tensors, states), strict=True):
             assert_close(b, a.double(), 2e-6, "state")
+
+
+def test_a_state_of_another_layer_does_not_fit(monkeypatch):
+    """The kernel would read and write beyond it; `hla.step`, to which it then goes, names what is wrong."""
+    monkeypatch.setattr(shape_step, "has_gluon", lambda capability: True)
+    mixer, x = new_block({}).mixer, torch.zeros(2, 40)
+    state = mixer.zero_state(2, torch.float32, "cpu")
+    assert shape_step.fits(mixer, state, x)
+    S, P = state.op
+    cut = [(S[:1], P), (S[:, :3], P), (S[..., :8], P), (S, P[..., :8]), (S, P[:, :2])]
+    others = [(s.contiguous(), p.contiguous()) for s, p in cut]
+    for s, p in [*others, (S.half(), P), (S, P.double()), (S, P.mT), (S[:, None].repeat(1, 2, 1, 1, 1)[:, 0].mT, P)]:
+        assert not shape_step.fits(mixer, state._replace(op=state.op._replace(S=s, P=p)), x)
+    for conv in (None, state.conv[:1], state.conv[:, 1:], state.conv[..., 1:]):
+        assert not shape_step.fits(mixer, state._replace(conv=conv), x)
 
 
 def test_what_it_does_not_do_goes_operation_by_operation():
