@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from hla.kernels.configs import block, device_config, has_gluon
 from hla.kernels.launch import launch
-from hla.kernels.query_side_hopper import _barrier
+from hla.kernels.query_side_hopper import _barrier, _copy
 from hla.kernels.shape import FEATURES, NORMS
-from hla.kernels.step import FEW_PROGRAMS, RESIDENT, _rows_are_contiguous
+from hla.kernels.step import FEW_PROGRAMS, RESIDENT, TWO_PROGRAMS, _rows_are_contiguous
 
 if TYPE_CHECKING:
     from hla.layers import HigherOrderLinearAttention, LayerState
@@ -136,11 +137,12 @@ def shape_step_kernel(
     y_r, write_r, decay_r, ridge_r, S_b, P_b, eps, ridge, scale,
     HQ: gl.constexpr, HKV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     TAPS_N: gl.constexpr, FEATURE: gl.constexpr, NORM: gl.constexpr, FIXED: gl.constexpr, ORDER: gl.constexpr,
-    WARPS: gl.constexpr, PDL: gl.constexpr,
+    MANY: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Y: the token's projections ``[B, channels]``; see `shape._shape` and `step_kernels.query_side_kernel`.
 
-    HISTORY, S and P move on in place.
+    HISTORY, S and P move on in place. MANY (K = BK, V = BV): P waits in shared memory, which leaves registers for two
+    programs on a multiprocessor: memory is busy while one of them iterates.
     """
     L: gl.constexpr = gl.BlockedLayout([BK // 8, 4], [8, 4], [1, WARPS], [1, 0])  # a warp has whole columns
     ROW: gl.constexpr = gl.SliceLayout(1, L)
@@ -156,7 +158,14 @@ def shape_step_kernel(
     S += b * S_b + h * K * K
     P += b * P_b + h * K * V
     old_S = gl.load(S + (rows * K + columns), mask=(rows < K) & (columns < K), other=0.0).to(gl.float32)
-    old_P = gl.load(P + (rows * V + values), mask=(rows < K) & (values < V), other=0.0).to(gl.float32)
+    if MANY:
+        LINES: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
+        P_s = gl.allocate_shared_memory(P.dtype.element_ty, [BK, BV], gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
+        line = gl.arange(0, BK, gl.SliceLayout(1, LINES))[:, None]
+        _copy(P_s, P + (line * V + gl.arange(0, BV, gl.SliceLayout(0, LINES))[None, :]))
+        async_copy.commit_group()
+    else:
+        old_P = gl.load(P + (rows * V + values), mask=(rows < K) & (values < V), other=0.0).to(gl.float32)
     i_k, i_v = gl.arange(0, BK, ONE), gl.arange(0, BV, ONE)
     in_k, in_v = i_k < K, i_v < V
     q_at, k_at, v_at = h * GQ * K + i_k, (HQ + h) * K + i_k, (HQ + HKV) * K + h * V + i_v
@@ -200,12 +209,16 @@ def shape_step_kernel(
     k_column = (k_column * factor).to(number).to(gl.float32)
     v = (v * gl.where(live, gate, 0.0)).to(number).to(gl.float32)
     new_S = decay * old_S + k_row[:, None] * k_column[None, :]
-    new_P = decay * old_P + k_row[:, None] * v[None, :]
     trace = decay * before + gl.sum(k_row * k_row, 0)
+    if not MANY:
+        new_P = decay * old_P + k_row[:, None] * v[None, :]
     # At once, where that takes little: what passes between threads waits behind these stores.
-    if BK * (BK + BV) <= 8192:
+    if MANY or BK * (BK + BV) <= 8192:
         gl.store(S + (rows * K + columns), new_S.to(S.dtype.element_ty), mask=(rows < K) & (columns < K))
+    if not MANY and BK * (BK + BV) <= 8192:
         gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty), mask=(rows < K) & (values < V))
+    if MANY:
+        k_s.store(k_column)
     for i in gl.static_range(GQ):
         head = h * GQ + i
         if i > 0:
@@ -231,10 +244,17 @@ def shape_step_kernel(
             place = x_s.index(n % 2)
             place.store(x)
             x_row = place.load(ROW)
+        if MANY:
+            if i == 0:
+                async_copy.wait_group(0)
+                _barrier()
+            new_P = decay * P_s.load(L).to(gl.float32) + k_s.load(ROW)[:, None] * v[None, :]
+            if i == 0:
+                gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty))
         o = scale * gl.sum(new_P * x_row[:, None], 0)
         o_at = gl.arange(0, BV, COLUMN)
         gl.store(OUT + (b * HQ + head) * V + o_at, o.to(OUT.dtype.element_ty), mask=o_at < V)
-    if BK * (BK + BV) > 8192:
+    if not MANY and BK * (BK + BV) > 8192:
         gl.store(S + (rows * K + columns), new_S.to(S.dtype.element_ty), mask=(rows < K) & (columns < K))
         gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty), mask=(rows < K) & (values < V))
 
@@ -248,15 +268,22 @@ def fits(mixer: HigherOrderLinearAttention, state: LayerState, x: Tensor) -> boo
     size = block(max(K, V))
     if mixer.op != "hla_q" or not has_gluon(device_config(x.device)[0]):
         return False
-    if not (size <= 64 or (size <= RESIDENT and B * kv < FEW_PROGRAMS)):
-        return False
     S, P = state.op[:2]
+    held = B * kv < FEW_PROGRAMS or (mixer.num_heads // kv <= 4 and _shared_holds_P(S, P))
+    if not (size <= 64 or (size <= RESIDENT and held)):
+        return False
     conv = None if mixer.conv_size < 2 else (B, (mixer.num_heads + kv) * K + kv * V, mixer.conv_size - 1)
     return (
         S.shape == (B, kv, K, K) and P.shape == (B, kv, K, V)
         and all(x.dtype in (torch.float32, torch.bfloat16) and _rows_are_contiguous(x) for x in (S, P))
         and (conv is None or (state.conv is not None and state.conv.shape == conv and state.conv.is_contiguous()))
     )  # fmt: skip
+
+
+def _shared_holds_P(S: Tensor, P: Tensor) -> bool:
+    """Whether P can wait in shared memory."""
+    whole = S.shape[-1] == P.shape[-1] == RESIDENT and S.dtype == P.dtype == torch.float32
+    return whole and P.data_ptr() % 16 == 0 and P.stride(0) % 16 == 0
 
 
 def shape_step(
@@ -278,6 +305,7 @@ def shape_step(
     o = qkv.new_empty(B, heads, V)
     row = lambda x: 0 if x is None else x.stride(0)  # noqa: E731
     warps = max(1, max(block(K), block(V)) // 16)
+    many = max(block(K), block(V)) > 64 and B * kv >= FEW_PROGRAMS
     launch(
         shape_step_kernel, B * kv,
         qkv, None if mask is None else mask.contiguous(), state.conv if mixer.conv_size > 1 else None,
@@ -289,6 +317,6 @@ def shape_step(
         float(mixer.norm_eps), 0.0 if isinstance(own_ridge, str) else float(own_ridge), mixer.scale,
         HQ=heads, HKV=kv, K=K, V=V, BK=block(K), BV=block(V), TAPS_N=mixer.conv_size,
         FEATURE=FEATURES[mixer.feature_map], NORM=NORMS[mixer.qk_norm], FIXED=mixer.decay == "fixed",
-        ORDER=mixer.order, WARPS=warps, warps=warps, pdl=pdl,
+        ORDER=mixer.order, MANY=many, WARPS=warps, warps=warps, registers=TWO_PROGRAMS if many else None, pdl=pdl,
     )  # fmt: skip
     return o

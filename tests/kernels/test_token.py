@@ -1,4 +1,4 @@
-"""A token of a block in six launches equals the block operation by operation: outputs and states, token after token."""
+"""A token of a block in a few launches equals the block operation by operation: outputs and states, token by token."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ CASES = {
     ),
     "linear_attn": dict(op="linear_attn", feature_map="identity"),
 }
-# (case, rows, rows up to which there are tiles, multiprocessors): the fewer multiprocessors, the larger the tiles.
+# (case, rows, rows up to which there are tiles, multiprocessors)
 MANY = [
     ("default", 17, 64, 132),
     ("grouped", 17, 16, 132),
@@ -62,12 +62,42 @@ def test_many_rows(case, rows, tiles, multiprocessors, monkeypatch):
     check(new_block(CASES[case] | heads), rows, masked=True, tokens=1)
 
 
-def test_tiles_grow_with_the_batch_and_stay_narrow_where_few_programs_would_run():
-    capability, sizes = (9, 0), (2304, 768, 12, 12, 12)
-    sides = [kernels._tile(B, sizes, False, True, capability, 132).side for B in (32, 64, 128, 256)]
-    assert sides == [32, 64, 64, 64]
-    assert kernels._tile(32, (768,), False, False, capability, 132)[:2] == (16, 16)
-    assert kernels._tile(32, (2048,), False, False, capability, 132)[:2] == (32, 16)
+@pytest.mark.parametrize("side", [16, 32, 64])
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0)])
+def test_tiles_occupy_the_multiprocessors_and_fit_into_shared_memory(capability, side):
+    def tile(sizes, D, pair=False, summed=False):
+        found = kernels._tile(side, sizes, D, pair, summed, capability, 132)
+        memory = 2 * found.stages * found.columns * (side + found.rows)
+        assert memory <= (99 if capability == (8, 6) else 163) * 1024
+        return found
+
+    assert tile((8192, 16, 16, 16), 2048)[::3] == (64, 1)
+    assert tile((2304, 768, 12, 12, 12), 768)[::3] == (32, 1)  # 51 programs would be too few
+    assert tile((5120,), 2048, pair=True)[::3] == (64, 1)
+    assert tile((2048,), 5120, summed=True)[::3] == (64, 4)
+    assert tile((768,), 768, summed=True)[::3] == (64, 3)  # of six steps, two for each part
+
+
+@pytest.mark.parametrize("rows,D", [(3, 600), (33, 640), (130, 600)])
+def test_products_in_parts(rows, D, monkeypatch):
+    """Five steps over the columns, of which one part has three; and tiles that are not whole."""
+    monkeypatch.setattr(kernels, "device_config", lambda device: ((9, 0), 8))
+    x, residual = torch.randn(rows, D), torch.randn(rows, 70)
+    norm = torch.nn.RMSNorm(70, eps=1e-5)
+    torch.nn.init.normal_(norm.weight)
+    weights = [torch.randn(n, D) / 25 for n in (70, 3)]
+    with torch.no_grad():
+        partial = kernels._product(x, weights[:1], summed=True)
+        assert partial.shape == (2, rows, 70)
+        total, normed = kernels._added(partial, residual, norm=norm)
+        expected = residual + x @ weights[0].T
+        assert_close(total, expected.double(), 2e-6, "sum")
+        assert_close(normed, norm(expected).double(), 2e-6, "norm")
+        assert kernels._added(partial, residual)[0].equal(total)
+        assert_close(kernels._product(x, weights), (x @ torch.cat(weights).T).double(), 2e-6, "products")
+        both = [torch.randn(70, D) / 25 for _ in range(2)]
+        expected = torch.nn.functional.silu(x @ both[0].T) * (x @ both[1].T)
+        assert_close(kernels._product(x, both, swiglu=True), expected.double(), 2e-6, "gated")
 
 
 def test_an_input_cut_from_a_longer_one():
