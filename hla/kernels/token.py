@@ -25,7 +25,8 @@ can, they overlap (`hla.kernels.launch`): while one ends, the next one asks for 
 or two, for its weights. What it reads so early, the launch before it does not write. No launch of a model writes
 weights; the first one of the first block may follow an update of them and starts as usual. The state was written a
 token earlier, or by whoever called, and products come between. A residual is not from the previous launch but from one
-before. All else is read behind the wait (a line brought into the L2 cache too early is none the worse: writes go to it).
+before. All else is read behind the wait (a line that comes to the L2 cache too early is none the worse: writes go
+there).
 """
 
 from __future__ import annotations

@@ -38,9 +38,9 @@ def project(
     D: tl.constexpr, WIDTH: tl.constexpr, PER_HEAD: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr,
     BK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """``OUT[b] = norm(x_b) [W; W1; ...]^T`` (+ residual) of up to ROWS rows: BN rows of a weight ``[n, D]`` per program,
-    without the matrix units, as many bytes in flight as registers hold.
+    """``OUT[b] = norm(x_b) [W; W1; ...]^T`` (+ residual) of at most ROWS rows, without the matrix units.
 
+    BN rows of one weight ``[n, D]`` per program, as many bytes in flight as registers hold.
     PER_HEAD: x is normalised in parts of WIDTH numbers, a power of two (with NORM), and multiplied by silu(GATE).
     SWIGLU: ``silu(x W^T) * (x W1^T)``. The norm over all of x is applied to the products, so x is read once.
     """

@@ -57,16 +57,18 @@ STEP_MAY_SPILL = {
 # (capability, "block", batch, hidden size, heads): a token of a block and the shaping of its prompt: likewise.
 BLOCK_MAY_SPILL = {
     (90, "block", 1, 2048, 16): 64,  # (Triton 3.6 needs 0, 3.9 needs 56)
-    (90, "block", 16, 2048, 16): 0,
-    (86, "block", 16, 768, 12): 0,
+    (90, "block", 8, 2048, 16): 64,  # (as above)
+    (90, "block", 16, 2048, 16): 32,  # (P of shape_step in shared memory: 16, 24)
+    (86, "block", 16, 768, 12): 32,
     (90, "block", 32, 768, 12): 16,
-    (90, "block", 32, 2048, 16): 0,
+    (90, "block", 32, 2048, 16): 32,
     (90, "block", 64, 1024, 16): 16,
-    (90, "block", 64, 2048, 16): 0,
-    (90, "block", 100, 2048, 16): 0,
+    (90, "block", 64, 2048, 16): 32,
+    (90, "block", 100, 2048, 16): 32,
+    (90, "block", 200, 2048, 16): 64,
     (80, "block", 64, 768, 12): 16,
     (86, "block", 32, 768, 12): 0,
-    (89, "block", 64, 2048, 16): 0,
+    (89, "block", 64, 2048, 16): 16,
 }
 # (capability, "readings", K = V, dtype): the kernels of hla_q of order 4, forward and backward: likewise.
 READINGS_MAY_SPILL = {
@@ -190,8 +192,7 @@ def launches_of_block(capability: int, _: str, B: int, hidden_size: int, heads: 
     one, many = (torch.zeros(B, T, hidden_size, dtype=torch.bfloat16) for T in (1, 100))
     with torch.no_grad():
         launches = record(lambda: kernels.token(block, one, state, None))
-        held = hidden_size // heads <= 64 or B * heads < 132  # S and P of a head in registers, on Hopper
-        assert ("shape_step_kernel" in {x.kernel.__name__ for x in launches}) == (capability == 90 and held)
+        assert ("shape_step_kernel" in {x.kernel.__name__ for x in launches}) == (capability == 90)
         return launches + record(lambda: project(block.mixer, many, None, state.conv, True))
 
 
@@ -535,7 +536,7 @@ def test_a_large_batch_has_two_steps_of_hla_q_on_a_multiprocessor(T, needs):
 @row
 def test_kernels_of_one_token_ask_for_what_is_there_and_then_wait(row, needs):
     """Those of a few rows, on cards that can; a weight asked for behind the wait costs the time to reach memory."""
-    overlap = row in BLOCK_MAY_SPILL and row[0] >= 90 and row[2] <= 64
+    overlap = row in BLOCK_MAY_SPILL and row[0] >= 90 and row[2] <= 128
     others = [x for x in needs[row] if x[0] != "walk_states"]
     assert all(x[-1] == (0 if row[0] >= 90 else None) for x in needs[row] if x not in others)  # waits, then reads
     *one, last = (ahead for *_, ahead in others)
