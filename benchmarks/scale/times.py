@@ -1,4 +1,4 @@
-"""Expected time of a training step: measured rates of one H100, and links of a given speed. No such run was made."""
+"""Expected time of a training step: measured rates of one H200, and links of a given speed. No such run was made."""
 
 from __future__ import annotations
 

@@ -2,9 +2,10 @@
 """`shape` and `hla.step` of hla_q for one token in one launch, in Gluon: a program per key/value head.
 
 A head's convolution, features and norm need nothing of other heads, so what lies between the projections and the
-operator is done where its results are wanted. With few heads in all a token waits for latency, not for bytes: S and P
-are in registers before the projections are there (`wait`), and laid out so that the sums ``S x``, which the iterations
-wait for, run within a warp. All warps then need all of x, which costs one exchange through shared memory.
+operator is done where its results are wanted. S and P are asked for before the projections are there (`wait`). With few heads in all a
+token waits for latency, not for bytes: S is in registers, laid out so that the sums ``S x``, which the iterations wait for,
+run within a warp. All warps then need all of x, which costs one exchange through shared memory. With many heads it waits for
+bytes: P goes to shared memory (MANY), so that one program of a multiprocessor loads while another one iterates.
 
 (Gluon is Triton with the layouts written down: see `query_side_hopper`.)
 """
@@ -260,7 +261,7 @@ def shape_step_kernel(
 
 
 def fits(mixer: HigherOrderLinearAttention, state: LayerState, x: Tensor) -> bool:
-    """Whether `shape_step` does this for the rows of x, in a layer that `shape.supports`: registers hold S and P.
+    """Whether `shape_step` does this for the rows of x, in a layer that `shape.supports`: a multiprocessor holds S and P.
 
     A state that is not this layer's does not fit; elsewhere it is refused by name.
     """
