@@ -2,10 +2,11 @@
 """`shape` and `hla.step` of hla_q for one token in one launch, in Gluon: a program per key/value head.
 
 A head's convolution, features and norm need nothing of other heads, so what lies between the projections and the
-operator is done where its results are wanted. S and P are asked for before the projections are there (`wait`). With few heads in all a
-token waits for latency, not for bytes: S is in registers, laid out so that the sums ``S x``, which the iterations wait for,
-run within a warp. All warps then need all of x, which costs one exchange through shared memory. With many heads it waits for
-bytes: P goes to shared memory (MANY), so that one program of a multiprocessor loads while another one iterates.
+operator is done where its results are wanted. S and P are asked for before the projections are there (`wait`). With few
+heads in all a token waits for latency, not for bytes: S is in registers, laid out so that the sums ``S x``, which the
+iterations wait for, run within a warp. All warps then need all of x, which costs one exchange through shared memory.
+With many heads it waits for bytes: P goes to shared memory (MANY), so that one program of a multiprocessor loads while
+another one iterates.
 
 (Gluon is Triton with the layouts written down: see `query_side_hopper`.)
 """
@@ -142,9 +143,10 @@ def shape_step_kernel(
 ):  # fmt: skip
     """Y: the token's projections ``[B, channels]``; see `shape._shape` and `step_kernels.query_side_kernel`.
 
-    HISTORY, S and P move on in place. MANY (K = BK, V = BV): P waits in shared memory, which leaves registers for two
-    programs on a multiprocessor: memory is busy while one of them iterates.
+    HISTORY, S and P move on in place. MANY (K = BK, V = BV, HQ = HKV): P waits in shared memory, which leaves registers
+    for two programs on a multiprocessor: memory is busy while one of them iterates.
     """
+    gl.static_assert(not MANY or HQ == HKV)
     L: gl.constexpr = gl.BlockedLayout([BK // 8, 4], [8, 4], [1, WARPS], [1, 0])  # a warp has whole columns
     ROW: gl.constexpr = gl.SliceLayout(1, L)
     COLUMN: gl.constexpr = gl.SliceLayout(0, L)
@@ -219,7 +221,7 @@ def shape_step_kernel(
     if not MANY and BK * (BK + BV) <= 8192:
         gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty), mask=(rows < K) & (values < V))
     if MANY:
-        k_s.store(k_column)
+        k_s.store(k_column)  # for P, at the end: until then registers have no room for it
     for i in gl.static_range(GQ):
         head = h * GQ + i
         if i > 0:
@@ -246,12 +248,10 @@ def shape_step_kernel(
             place.store(x)
             x_row = place.load(ROW)
         if MANY:
-            if i == 0:
-                async_copy.wait_group(0)
-                _barrier()
-            new_P = decay * P_s.load(L).to(gl.float32) + k_s.load(ROW)[:, None] * v[None, :]
-            if i == 0:
-                gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty))
+            async_copy.wait_group(0)
+            _barrier()
+            new_P = decay * P_s.load(L) + k_s.load(ROW)[:, None] * v[None, :]
+            gl.store(P + (rows * V + values), new_P)
         o = scale * gl.sum(new_P * x_row[:, None], 0)
         o_at = gl.arange(0, BV, COLUMN)
         gl.store(OUT + (b * HQ + head) * V + o_at, o.to(OUT.dtype.element_ty), mask=o_at < V)
@@ -261,8 +261,9 @@ def shape_step_kernel(
 
 
 def fits(mixer: HigherOrderLinearAttention, state: LayerState, x: Tensor) -> bool:
-    """Whether `shape_step` does this for the rows of x, in a layer that `shape.supports`: a multiprocessor holds S and P.
+    """Whether `shape_step` does this for the rows of x, in a layer that `shape.supports`.
 
+    Registers hold S and P, or, where many programs come one after the other, S, and shared memory P.
     A state that is not this layer's does not fit; elsewhere it is refused by name.
     """
     B, kv, K, V = x.shape[0], mixer.num_kv_heads, mixer.head_dim, mixer.head_v_dim
@@ -270,7 +271,7 @@ def fits(mixer: HigherOrderLinearAttention, state: LayerState, x: Tensor) -> boo
     if mixer.op != "hla_q" or not has_gluon(device_config(x.device)[0]):
         return False
     S, P = state.op[:2]
-    held = B * kv < FEW_PROGRAMS or (mixer.num_heads // kv <= 4 and _shared_holds_P(S, P))
+    held = B * kv < FEW_PROGRAMS or (mixer.num_heads == kv and _shared_holds_P(S, P))
     if not (size <= 64 or (size <= RESIDENT and held)):
         return False
     conv = None if mixer.conv_size < 2 else (B, (mixer.num_heads + kv) * K + kv * V, mixer.conv_size - 1)

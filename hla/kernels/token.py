@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 FEW = 2  # rows of a batch up to which the matrix units are not worth it
 STREAMED = 8_000_000  # bytes of weights that pass through small programs, where there is a row or two
+COLUMNS = 128  # of a tile of more rows
 TILE_ROWS = 128  # up to which the products are those of `token_kernels`, above they are those of cuBLAS
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -75,7 +76,7 @@ def _plain(linear: nn.Module, dtype: torch.dtype) -> bool:
     """Nothing but a matrix in this dtype: no bias, no adapter, no hooks."""
     return (
         type(linear) is nn.Linear and linear.bias is None and linear.weight.dtype == dtype
-        and linear.weight.is_contiguous() and not _hooked(linear)
+        and linear.weight.is_contiguous() and linear.weight.data_ptr() % 16 == 0 and not _hooked(linear)
     )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
     if B <= FEW:
         y = _project(x, list(weights.values()), norm=first, pdl=early)
     else:
-        hidden = torch.empty_like(x) if B > TILE_ROWS else x  # (a copy of x, to which products are added)
+        hidden = torch.empty_like(x) if B > TILE_ROWS else x  # (if another one, for a copy to which products are added)
         normed = y = _normed_gated(x, norm=first, copy=None if hidden is x else hidden, pdl=early)
         if B > TILE_ROWS:
             large = [name for name in ("qkv_proj", "gate_proj") if name in weights]
@@ -185,10 +186,9 @@ def _normed_gated(
 
 
 class Tile(NamedTuple):
-    """Rows of a weight, columns at a time, stages of the load pipeline, and parts of the columns."""
+    """Rows of a weight, stages of the load pipeline, and parts of the columns."""
 
     rows: int
-    columns: int
     stages: int
     parts: int
 
@@ -209,17 +209,19 @@ def _tile(
     def programs(rows: int) -> int:
         return sum(-(-n // (rows // 2 if pair else rows)) for n in sizes)
 
-    rows, columns, parts = 64, 128, 1
+    rows, parts = 64, 1
     if summed:
-        parts = max(1, min(processors // programs(rows), -(-D // columns) // 2))
+        steps = -(-D // COLUMNS)
+        each = -(-steps // max(1, min(processors // programs(rows), steps // 2)))
+        parts = -(-steps // each)
     elif programs(64) < processors // 2:
         rows = 32
     memory = 90_000 if little_memory(capability) else 150_000
-    return Tile(rows, columns, max(2, min(5, memory // (2 * (side + rows) * columns))), parts)
+    return Tile(rows, max(2, min(5, memory // (2 * (side + rows) * COLUMNS))), parts)
 
 
 def _row_tile(size: int, D: int, pair: bool, width: int | None) -> tuple[int, int, int]:
-    """Rows of the weight, columns at a time, and warps of a program of `project_row`.
+    """Rows of the weight, columns at a time, and warps of a program of `project`.
 
     Of the two products of normalised inputs, weights of more bytes than the multiprocessors can ask for at once pass
     through small programs, in pieces: there is always one that asks. Else a whole row, where it fits, is asked for
@@ -268,16 +270,14 @@ def _product(
     sizes = [w.shape[0] for w in weights]
     outputs = sizes[:1] if swiglu else sizes
     side = min(64, block_of(B))  # (few kinds of batch, as each compiles its own)
-    rows, columns, stages, parts = _tile(side, tuple(outputs), D, swiglu, summed, *device_config(x.device))
-    out = torch.empty(
-        (parts, B, sum(outputs)) if summed else (B, sum(outputs)), dtype=torch.float32 if summed else x.dtype,
-        device=x.device,
-    )  # fmt: skip
+    rows, stages, parts = _tile(side, tuple(outputs), D, swiglu, summed, *device_config(x.device))
+    width = sum(outputs)
+    out = x.new_empty(parts, B, width, dtype=torch.float32) if summed else x.new_empty(B, width)
     pad = 5 - len(weights)
     launch(
         product, -(-B // side) * parts * sum(-(-n // (rows // 2 if swiglu else rows)) for n in outputs),
         x, *weights, *[None] * pad, out, B, *sizes, *[0] * pad,
-        D=D, SWIGLU=swiglu, PARTS=parts, BN=rows, BK=columns, ROWS=side,
+        D=D, SWIGLU=swiglu, PARTS=parts, BN=rows, BK=COLUMNS, ROWS=side,
         OPERAND=tl.float32 if INTERPRETED else OPERANDS[x.dtype], warps=4, stages=stages, pdl=pdl,
     )  # fmt: skip
     return out

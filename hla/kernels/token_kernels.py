@@ -111,6 +111,7 @@ def product(
     PARTS: ``OUT [PARTS, batch, n]`` of as many parts of the columns, each by a program of its own; `add_up` adds them.
     SWIGLU: ``silu(X W^T) * (X W1^T)``, with half of the rows of a tile from each.
     """
+    tl.static_assert(PARTS == 1 or not SWIGLU)
     # Programs with the same part of the weight are neighbours: one reads it from memory, the others from the cache.
     blocks = tl.cdiv(batch, ROWS)
     b = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
@@ -120,8 +121,9 @@ def product(
     if SWIGLU:
         HALF: tl.constexpr = BN // 2
         rows = pid * HALF + r % HALF
-        size, column, width = n, 0, n
-        weight = tl.where(r < HALF, W, W1)[:, None]
+        size, width = n, n
+        # (`token.fits` wants weights that start at 16 bytes; Triton 3.9 does not see it behind the choice.)
+        weight = tl.multiple_of(tl.where(r < HALF, W, W1)[:, None], (16, 1))
     else:
         weight, size, column, first = _weight(pid, W, W1, W2, W3, W4, n, n1, n2, n3, n4, BN)
         rows = (pid - first) * BN + r

@@ -46,7 +46,7 @@ def operator(name: str, B: int, T: int, D: int, gated: bool, packed: bool = Fals
 def model(head_dim: int, **settings: object) -> HLAForCausalLM:
     torch.manual_seed(0)
     config = HLAConfig(
-        hidden_size=2 * head_dim, num_attention_heads=2, num_hidden_layers=2, intermediate_size=320, vocab_size=500,
+        hidden_size=2 * head_dim, num_attention_heads=2, num_hidden_layers=2, intermediate_size=1100, vocab_size=500,
         **settings,
     )  # fmt: skip
     return HLAForCausalLM(config).cuda()

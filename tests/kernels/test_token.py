@@ -67,15 +67,16 @@ def test_many_rows(case, rows, tiles, multiprocessors, monkeypatch):
 def test_tiles_occupy_the_multiprocessors_and_fit_into_shared_memory(capability, side):
     def tile(sizes, D, pair=False, summed=False):
         found = kernels._tile(side, sizes, D, pair, summed, capability, 132)
-        memory = 2 * found.stages * found.columns * (side + found.rows)
+        memory = 2 * found.stages * kernels.COLUMNS * (side + found.rows)
         assert memory <= (99 if capability == (8, 6) else 163) * 1024
-        return found
+        return found.rows, found.parts
 
-    assert tile((8192, 16, 16, 16), 2048)[::3] == (64, 1)
-    assert tile((2304, 768, 12, 12, 12), 768)[::3] == (32, 1)  # 51 programs would be too few
-    assert tile((5120,), 2048, pair=True)[::3] == (64, 1)
-    assert tile((2048,), 5120, summed=True)[::3] == (64, 4)
-    assert tile((768,), 768, summed=True)[::3] == (64, 3)  # of six steps, two for each part
+    assert tile((8192, 16, 16, 16), 2048) == (64, 1)
+    assert tile((2304, 768, 12, 12, 12), 768) == (32, 1)  # 51 programs would be too few
+    assert tile((5120,), 2048, pair=True) == (64, 1)
+    assert tile((2048,), 5120, summed=True) == (64, 4)
+    assert tile((768,), 768, summed=True) == (64, 3)  # of six steps, two for each part
+    assert tile((1536,), 1536, summed=True) == (64, 4)  # of twelve steps, three: a fifth part would have none
 
 
 @pytest.mark.parametrize("rows,D", [(3, 600), (33, 640), (130, 600)])
@@ -140,6 +141,24 @@ def test_a_state_of_another_layer_does_not_fit(monkeypatch):
         assert not shape_step.fits(mixer, state._replace(conv=conv), x)
 
 
+def test_a_state_that_shared_memory_cannot_take_goes_to_the_step(monkeypatch):
+    """With many programs P is copied there as it is, 16 bytes at a time."""
+    monkeypatch.setattr(shape_step, "has_gluon", lambda capability: True)
+    mixer = new_block(dict(num_attention_heads=1, head_dim=128)).mixer
+    grouped = new_block(dict(num_attention_heads=2, num_key_value_heads=1, head_dim=128)).mixer
+    for rows, fit in ((131, True), (132, False)):
+        x = torch.zeros(rows, 40)
+        state, longer = mixer.zero_state(rows, torch.float32, "cpu"), torch.zeros(rows * (128 * 128 + 8) + 1)
+        assert shape_step.fits(mixer, state, x)
+        assert shape_step.fits(grouped, grouped.zero_state(rows, torch.float32, "cpu"), x) == fit
+        apart, moved = longer[:-1].view(rows, -1)[:, None, :-8], longer[1 : rows * 128 * 128 + 1]
+        for P in (apart, moved):
+            other = state._replace(op=state.op._replace(P=P.view(rows, 1, 128, 128)))
+            assert shape_step.fits(mixer, other, x) == fit
+        half = state._replace(op=state.op._replace(S=state.op.S.bfloat16(), P=state.op.P.bfloat16()))
+        assert shape_step.fits(mixer, half, x) == fit
+
+
 def test_what_it_does_not_do_goes_operation_by_operation():
     x = torch.zeros(2, 1, 40, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -151,6 +170,10 @@ def test_what_it_does_not_do_goes_operation_by_operation():
             assert not fits(new_block(options, torch.bfloat16), x)
         block = new_block({}, torch.bfloat16)
         block.mixer.qkv_proj = torch.nn.Sequential(block.mixer.qkv_proj)  # as adapters wrap it
+        assert not fits(block, x)
+        block = new_block({}, torch.bfloat16)
+        weight = block.mlp.up_proj.weight
+        weight.data = torch.zeros(weight.numel() + 1, dtype=weight.dtype)[1:].view(weight.shape)  # not at 16 bytes
         assert not fits(block, x)
         block = new_block({}, torch.bfloat16)
         block.mixer.register_forward_hook(lambda *_: None)
