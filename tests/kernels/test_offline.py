@@ -58,13 +58,11 @@ STEP_MAY_SPILL = {
 BLOCK_MAY_SPILL = {
     (90, "block", 1, 2048, 16): 64,  # (Triton 3.6 needs 0, 3.9 needs 56)
     (90, "block", 8, 2048, 16): 64,  # (as above)
-    (90, "block", 16, 2048, 16): 32,  # (P of shape_step in shared memory: 16, 24)
     (86, "block", 16, 768, 12): 32,
     (90, "block", 16, 2048, 8): 32,  # (heads of 256: hla.step)
     (90, "block", 32, 768, 12): 16,
-    (90, "block", 32, 2048, 16): 32,
+    (90, "block", 32, 2048, 16): 32,  # (P of shape_step in shared memory: 16, 24)
     (90, "block", 64, 1024, 16): 16,
-    (90, "block", 64, 2048, 16): 32,
     (90, "block", 100, 2048, 16): 32,
     (90, "block", 200, 2048, 16): 64,
     (80, "block", 64, 768, 12): 16,
