@@ -152,6 +152,7 @@ def shape_step_kernel(
     COLUMN: gl.constexpr = gl.SliceLayout(0, L)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    SMALL: gl.constexpr = BK * (BK + BV) <= 8192
     GQ: gl.constexpr = HQ // HKV
     channels: gl.constexpr = (HQ + HKV) * K + HKV * V
     h = gl.program_id(0) % HKV
@@ -215,10 +216,10 @@ def shape_step_kernel(
     trace = decay * before + gl.sum(k_row * k_row, 0)
     if not MANY:
         new_P = decay * old_P + k_row[:, None] * v[None, :]
-    # At once, where that takes little: what passes between threads waits behind these stores.
-    if MANY or BK * (BK + BV) <= 8192:
+    # At once, where that takes little or another program goes on; what passes between threads waits behind them.
+    if MANY or SMALL:
         gl.store(S + (rows * K + columns), new_S.to(S.dtype.element_ty), mask=(rows < K) & (columns < K))
-    if not MANY and BK * (BK + BV) <= 8192:
+    if SMALL:
         gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty), mask=(rows < K) & (values < V))
     if MANY:
         k_s.store(k_column)  # for P, at the end: until then registers have no room for it
@@ -255,7 +256,7 @@ def shape_step_kernel(
         o = scale * gl.sum(new_P * x_row[:, None], 0)
         o_at = gl.arange(0, BV, COLUMN)
         gl.store(OUT + (b * HQ + head) * V + o_at, o.to(OUT.dtype.element_ty), mask=o_at < V)
-    if not MANY and BK * (BK + BV) > 8192:
+    if not (MANY or SMALL):
         gl.store(S + (rows * K + columns), new_S.to(S.dtype.element_ty), mask=(rows < K) & (columns < K))
         gl.store(P + (rows * V + values), new_P.to(P.dtype.element_ty), mask=(rows < K) & (values < V))
 

@@ -256,8 +256,8 @@ def _project(
         x, gate, None if norm is None else norm.weight, *weights, *[None] * pad, residual, out,
         B, x.stride(0), 0 if gate is None else gate.stride(0), out.stride(0), *sizes, *[0] * pad,
         0.0 if norm is None else float(norm.eps or 0.0),
-        D=D, WIDTH=width or 256, PER_HEAD=width is not None, SWIGLU=swiglu, BN=rows, BK=columns,
-        ROWS=1 << (B - 1).bit_length(), warps=warps, pdl=pdl,
+        D=D, WIDTH=width or 0, SWIGLU=swiglu, BN=rows, BK=columns, ROWS=1 << (B - 1).bit_length(), warps=warps,
+        pdl=pdl,
     )  # fmt: skip
     return out
 

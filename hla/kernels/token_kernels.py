@@ -35,15 +35,17 @@ def _weight(pid, W, W1, W2, W3, W4, n, n1, n2, n3, n4, BN: tl.constexpr):
 @triton.jit(do_not_specialize=["batch"])
 def project(
     X, GATE, NORM, W, W1, W2, W3, W4, RESIDUAL, OUT, batch, x_b, gate_b, o_b, n, n1, n2, n3, n4, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, PER_HEAD: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr,
-    BK: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``OUT[b] = norm(x_b) [W; W1; ...]^T`` (+ residual) of at most ROWS rows, without the matrix units.
 
     BN rows of one weight ``[n, D]`` per program, as many bytes in flight as registers hold.
-    PER_HEAD: x is normalised in parts of WIDTH numbers, a power of two (with NORM), and multiplied by silu(GATE).
+    WIDTH: x is normalised in parts of so many numbers, a power of two (with NORM), and multiplied by silu(GATE); 0:
+    normalised as a whole.
     SWIGLU: ``silu(x W^T) * (x W1^T)``. The norm over all of x is applied to the products, so x is read once.
     """
+    PER_HEAD: tl.constexpr = WIDTH > 0
     pid = tl.program_id(0)
     if SWIGLU:
         weight, size, column, first = W, n, 0, 0
