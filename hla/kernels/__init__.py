@@ -6,7 +6,7 @@
 - `query_side`: the readings of `hla_q` (its kernels in `query_side_kernels`).
 - `fused`: second and third order in one kernel, at small heads. `step`: one token of any operator in one launch.
 - `shape`: from a layer's projections to q, k, v and gates. `token`: one token of a whole block in a few launches
-  (kernels: `token_kernels`), one fewer on Hopper GPUs, where `shape_step` does two at once.
+  (kernels: `token_kernels`), fewer on Hopper GPUs, where `shape_step` does all that belongs to a head at once.
 - `shape_training`: the same with gradients. `gates`: what lies behind the operator, and the gate of the MLP.
 - `moment`: the summaries of segments, for sequence parallelism.
 - `configs`: block sizes and warps, by head size, dtype and device.

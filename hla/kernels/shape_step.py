@@ -121,6 +121,15 @@ def _number(X, at):
 
 
 @gluon.jit
+def _loaded(X, at, stop):
+    """Numbers of X, if there is one, before ``stop``."""
+    if X is None:
+        return 1.0
+    else:
+        return gl.load(X + at, mask=at < stop, other=0.0).to(gl.float32)
+
+
+@gluon.jit
 def _nodes(LOGITS, head, ORDER: gl.constexpr):
     """As `step_kernels._node`."""
     found = ()
@@ -135,16 +144,17 @@ def _nodes(LOGITS, head, ORDER: gl.constexpr):
 
 @gluon.jit
 def shape_step_kernel(
-    Y, MASK, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, S, P, OUT,
-    y_r, write_r, decay_r, ridge_r, S_b, P_b, eps, ridge, scale,
+    Y, MASK, HISTORY, TAPS, WRITE, DECAY, A_LOG, DT_BIAS, RIDGE_LOGIT, RIDGE_HEAD, NODE_LOGITS, S, P, GATE,
+    O_NORM, OUT, y_r, write_r, decay_r, ridge_r, gate_r, S_b, P_b, eps, o_eps, ridge, scale,
     HQ: gl.constexpr, HKV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr, BV: gl.constexpr,
     TAPS_N: gl.constexpr, FEATURE: gl.constexpr, NORM: gl.constexpr, FIXED: gl.constexpr, ORDER: gl.constexpr,
     MANY: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Y: the token's projections ``[B, channels]``; see `shape._shape` and `step_kernels.query_side_kernel`.
 
-    HISTORY, S and P move on in place. MANY (K = BK, V = BV, HQ = HKV): P waits in shared memory, which leaves registers
-    for two programs on a multiprocessor: memory is busy while one of them iterates.
+    HISTORY, S and P move on in place. OUT: the heads, normed by O_NORM, times silu of GATE. MANY (K = BK, V = BV,
+    HQ = HKV): P waits in shared memory, which leaves registers for two programs on a multiprocessor: memory is busy
+    while one of them iterates.
     """
     gl.static_assert(not MANY or HQ == HKV)
     L: gl.constexpr = gl.BlockedLayout([BK // 8, 4], [8, 4], [1, WARPS], [1, 0])  # a warp has whole columns
@@ -178,6 +188,9 @@ def shape_step_kernel(
     known_v = _known(HISTORY, TAPS, b, channels, v_at, in_v, TAPS_N)
     nodes = _nodes(NODE_LOGITS, h * GQ, ORDER)
     rate, shift, own = _number(A_LOG, h), _number(DT_BIAS, h), _number(RIDGE_HEAD, h * GQ)
+    o_at = gl.arange(0, BV, COLUMN)
+    if not MANY:
+        o_factors = _loaded(O_NORM, o_at, V)
     before = gl.sum(gl.sum(gl.where(rows == columns, old_S, 0.0), 0), 0)  # the trace
     q_s = gl.allocate_shared_memory(gl.float32, [BK], SHARED)
     k_s = gl.allocate_shared_memory(gl.float32, [BK], SHARED)
@@ -233,6 +246,8 @@ def shape_step_kernel(
             own, ridge_logit = _number(RIDGE_HEAD, head), _number(RIDGE_LOGIT, b * ridge_r + head)
             _barrier()  # as above
             q_s.store(_convolved(x_q, known, live, HISTORY, b, channels, q_at, in_k, TAPS_N, FEATURE))
+        if not MANY:
+            o_gate = _loaded(GATE, b * gate_r + head * V + o_at, b * gate_r + head * V + V)
         q_row, q = q_s.load(ROW), q_s.load(COLUMN)
         factor = _factor(q_row, 1.0, live, eps, NORM, K)
         q_row, q = (q_row * factor).to(number).to(gl.float32), (q * factor).to(number).to(gl.float32)
@@ -253,8 +268,13 @@ def shape_step_kernel(
             _barrier()
             new_P = decay * P_s.load(L) + k_s.load(ROW)[:, None] * v[None, :]
             gl.store(P + (rows * V + values), new_P)
+            o_factors = _loaded(O_NORM, o_at, V)
+            o_gate = _loaded(GATE, b * gate_r + head * V + o_at, b * gate_r + head * V + V)
         o = scale * gl.sum(new_P * x_row[:, None], 0)
-        o_at = gl.arange(0, BV, COLUMN)
+        if O_NORM is not None:
+            o *= gl.rsqrt(gl.sum(o * o, 0) / V + o_eps) * o_factors
+        if GATE is not None:
+            o *= _featured(o_gate, 1)
         gl.store(OUT + (b * HQ + head) * V + o_at, o.to(OUT.dtype.element_ty), mask=o_at < V)
     if not (MANY or SMALL):
         gl.store(S + (rows * K + columns), new_S.to(S.dtype.element_ty), mask=(rows < K) & (columns < K))
@@ -292,7 +312,9 @@ def _shared_holds_P(S: Tensor, P: Tensor) -> bool:
 def shape_step(
     mixer: HigherOrderLinearAttention, parts: dict[str, Tensor], state: LayerState, mask: Tensor | None, pdl: bool
 ) -> Tensor:
-    """What the operator reads ``[B, HQ, V]`` for one token of a layer that `fits`; its state moves on in place.
+    """What the output projection reads ``[B, HQ V]`` for one token of a layer that `fits`: normed and gated heads.
+
+    The state moves on in place.
 
     Args:
         parts: the token's projections by the name of the map ``[B, n]``, rows in one piece.
@@ -304,8 +326,9 @@ def shape_step(
     S, P = state.op[:2]
     by_token = mixer.decay == "token"
     own_ridge = mixer.coefficients["ridge"]
-    write, decay, ridge = (parts.get(f"{name}_proj") for name in ("write", "decay", "ridge"))
-    o = qkv.new_empty(B, heads, V)
+    write, decay, ridge, gate = (parts.get(f"{name}_proj") for name in ("write", "decay", "ridge", "gate"))
+    norm = mixer.o_norm
+    o = qkv.new_empty(B, heads * V)
     row = lambda x: 0 if x is None else x.stride(0)  # noqa: E731
     warps = max(1, max(block(K), block(V)) // 16)
     many = max(block(K), block(V)) > 64 and B * kv >= FEW_PROGRAMS
@@ -315,9 +338,10 @@ def shape_step(
         mixer.conv_weight if mixer.conv_size else None, write, decay, mixer.A_log if by_token else None,
         mixer.dt_bias if by_token else None, ridge,
         mixer.get_parameter("ridge_head") if isinstance(own_ridge, str) else None,
-        mixer.node_logits if mixer.nodes == "head" else None, S, P, o,
-        row(qkv), row(write), row(decay), row(ridge), S.stride(0), P.stride(0),
-        float(mixer.norm_eps), 0.0 if isinstance(own_ridge, str) else float(own_ridge), mixer.scale,
+        mixer.node_logits if mixer.nodes == "head" else None, S, P, gate, None if norm is None else norm.weight, o,
+        row(qkv), row(write), row(decay), row(ridge), row(gate), S.stride(0), P.stride(0),
+        float(mixer.norm_eps), 0.0 if norm is None else float(norm.eps or 0.0),
+        0.0 if isinstance(own_ridge, str) else float(own_ridge), mixer.scale,
         HQ=heads, HKV=kv, K=K, V=V, BK=block(K), BV=block(V), TAPS_N=mixer.conv_size,
         FEATURE=FEATURES[mixer.feature_map], NORM=NORMS[mixer.qk_norm], FIXED=mixer.decay == "fixed",
         ORDER=mixer.order, MANY=many, WARPS=warps, warps=warps, registers=TWO_PROGRAMS if many else None, pdl=pdl,

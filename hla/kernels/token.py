@@ -12,11 +12,11 @@ everything between two reads of weights goes into the kernel of one of them:
 | `project` | the norm, both halves of the gated MLP and their product |
 | `project` | the way down, residual |
 
-`shape` and `hla.step` are one launch on Hopper GPUs for hla_q (`shape_step`), as long as a multiprocessor can hold the
-states of a head.
+`shape`, `hla.step`, and norm and gate of the heads are one launch on Hopper GPUs for hla_q (`shape_step`), as long as a
+multiprocessor can hold the states of a head.
 
 More rows are products of the matrix units (`product`), whose programs read nothing but weights and finished inputs, as
-fast as memory gives them: what lies between has four short launches of its own. The output projection and the way down
+fast as memory gives them: what lies between has short launches of its own, three with `shape_step`. The output projection and the way down
 have few outputs; several programs share the columns, and the launch that adds up their parts adds the residual and
 computes the next norm (`add_up`). Above TILE_ROWS cuBLAS has the large products.
 
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 FEW = 2  # rows of a batch up to which the matrix units are not worth it
 STREAMED = 8_000_000  # bytes of weights that pass through small programs, where there is a row or two
+WHOLE = 2560  # columns of which a warp asks for a whole row
 COLUMNS = 128  # of a tile of more rows
 TILE_ROWS = 128  # up to which the products are those of `token_kernels`, above they are those of cuBLAS
 OPERANDS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -126,11 +127,13 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
             y = _product(normed, list(weights.values()), pdl=pdl)
     if weights:
         parts |= dict(zip(weights, y.split([w.shape[0] for w in weights.values()], -1), strict=True))
-    compute = shape_step if shape_step_fits(mixer, state, x) else _shape_and_step
-    o = compute(mixer, parts, state, mask, pdl).flatten(1)
-
     out_norm, gate, width = mixer.o_norm, parts.get("gate_proj"), mixer.head_v_dim
-    if B > FEW or width != block_of(width):
+    if shape_step_fits(mixer, state, x):
+        o = shape_step(mixer, parts, state, mask, pdl)
+        out_norm, gate, width = None, None, None
+    else:
+        o = _shape_and_step(mixer, parts, state, mask, pdl).flatten(1)
+    if width is not None and (B > FEW or width != block_of(width)):
         o = _normed_gated(o, norm=out_norm, gate=gate, width=width, pdl=pdl)
         out_norm, gate, width = None, None, None
     if B <= FEW:
@@ -148,7 +151,7 @@ def token(block: HLABlock, x: Tensor, state: LayerState, mask: Tensor | None) ->
 
 
 def _shape_and_step(mixer: Any, parts: dict[str, Tensor], state: LayerState, mask: Tensor | None, pdl: bool) -> Tensor:
-    """As `shape_step`, in two launches, for any layer and number of rows."""
+    """What the operator reads ``[B, HQ, V]``: as `shape_step` but for norm and gate, in two launches, for any layer."""
     of = {name: y[:, None] for name, y in parts.items()}
     shaped = shape(
         mixer, of["qkv_proj"], write=of.get("write_proj"), decay=of.get("decay_proj"), ridge=of.get("ridge_proj"),
@@ -220,24 +223,35 @@ def _tile(
     return Tile(rows, max(2, min(5, memory // (2 * (side + rows) * COLUMNS))), parts)
 
 
-def _row_tile(size: int, D: int, pair: bool, width: int | None) -> tuple[int, int, int]:
-    """Rows of the weight, columns at a time, and warps of a program of `project`.
+class Rows(NamedTuple):
+    """Rows of the weight, columns at a time, warps of a program, and whether whole rows are asked for at the start."""
+
+    rows: int
+    columns: int
+    warps: int
+    whole: bool = False
+
+
+def _row_tile(size: int, D: int, pair: bool, width: int | None, plain: bool) -> Rows:
+    """The tile of `project` for ``size`` bytes of weights with D columns. plain: x is what it is multiplied by.
 
     Of the two products of normalised inputs, weights of more bytes than the multiprocessors can ask for at once pass
     through small programs, in pieces: there is always one that asks. Else a whole row, where it fits, is asked for
-    ahead of `wait`. (Chosen on an H200 by the time of whole models of 124M, 348M and 1.3B parameters, one kind of
-    product after the other.)
+    ahead of `wait`, by a warp if x is plain: no sum crosses warps. (Chosen on an H200 by the time of whole models of
+    124M, 348M and 1.3B parameters, one kind of product after the other.)
     """
     whole = block_of(D)
+    if plain and D <= WHOLE:
+        return Rows(4, 256, 4, True)
     if width is not None:
-        return 4 if D > 1024 else 8, max(width, min(whole, 2048)), 4
+        return Rows(4 if D > 1024 else 8, max(width, min(whole, 2048)), 4)
     if D > 1024 and size < STREAMED and whole <= 4096:
-        return 2, whole, 8
+        return Rows(2, whole, 8)
     if size >= STREAMED and whole <= 2048:
-        return (2, max(512, whole // 2), 1) if pair else (4, min(whole, 512), 1)
+        return Rows(2, max(512, whole // 2), 1) if pair else Rows(4, min(whole, 512), 1)
     if pair:
-        return 2, min(whole, 1024), 4
-    return 4 if D > 1024 else 8, min(whole, 2048), 4
+        return Rows(2, min(whole, 1024), 4)
+    return Rows(4 if D > 1024 else 8, min(whole, 2048), 4)
 
 
 def _project(
@@ -249,14 +263,17 @@ def _project(
     sizes = [w.shape[0] for w in weights]
     outputs = sizes[:1] if swiglu else sizes
     out = x.new_empty(B, sum(outputs))
-    rows, columns, warps = _row_tile(sum(w.numel() * w.element_size() for w in weights), D, swiglu, width)
+    tile = _row_tile(
+        sum(w.numel() * w.element_size() for w in weights), D, swiglu, width, norm is None and gate is None
+    )
     pad = 5 - len(weights)
     launch(
-        project, sum(-(-n // rows) for n in outputs),
+        project, sum(-(-n // tile.rows) for n in outputs),
         x, gate, None if norm is None else norm.weight, *weights, *[None] * pad, residual, out,
         B, x.stride(0), 0 if gate is None else gate.stride(0), out.stride(0), *sizes, *[0] * pad,
         0.0 if norm is None else float(norm.eps or 0.0),
-        D=D, WIDTH=width or 0, SWIGLU=swiglu, BN=rows, BK=columns, ROWS=1 << (B - 1).bit_length(), warps=warps,
+        D=D, WIDTH=width or 0, SWIGLU=swiglu, BN=tile.rows, BK=tile.columns, WHOLE=tile.whole,
+        ROWS=1 << (B - 1).bit_length(), warps=tile.warps,
         pdl=pdl,
     )  # fmt: skip
     return out

@@ -36,11 +36,13 @@ def _weight(pid, W, W1, W2, W3, W4, n, n1, n2, n3, n4, BN: tl.constexpr):
 def project(
     X, GATE, NORM, W, W1, W2, W3, W4, RESIDUAL, OUT, batch, x_b, gate_b, o_b, n, n1, n2, n3, n4, eps,
     D: tl.constexpr, WIDTH: tl.constexpr, SWIGLU: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    WHOLE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """``OUT[b] = norm(x_b) [W; W1; ...]^T`` (+ residual) of at most ROWS rows, without the matrix units.
 
     BN rows of one weight ``[n, D]`` per program, as many bytes in flight as registers hold.
+    WHOLE (x as it is): all of these rows are asked for at once, and x is where its products are: with as many warps as
+    rows, and 256 columns at a time, nothing passes between threads before the sum over a row.
     WIDTH: x is normalised in parts of so many numbers, a power of two (with NORM), and multiplied by silu(GATE); 0:
     normalised as a whole.
     SWIGLU: ``silu(x W^T) * (x W1^T)``. The norm over all of x is applied to the products, so x is read once.
@@ -61,7 +63,23 @@ def project(
     acc = tl.zeros([ROWS, BN], tl.float32)
     up = tl.zeros([ROWS, BN], tl.float32)
     squares = tl.zeros([ROWS], tl.float32)
-    for i in tl.static_range(0, (D + BK - 1) // BK):
+    STEPS: tl.constexpr = (D + BK - 1) // BK
+    tl.static_assert(not WHOLE or (NORM is None and GATE is None and not SWIGLU))
+    if WHOLE:
+        columns = tl.zeros([BN], tl.int32)[:, None] + tl.arange(0, BK)[None, :]
+        ws = ()
+        for i in tl.static_range(STEPS):
+            k = i * BK + columns
+            ws += (tl.load(weight + rows[:, None] * D + k, mask=inside[:, None] & (k < D), other=0.0),)
+        wait(PDL)
+        for row in tl.static_range(ROWS):
+            products = tl.zeros([BN, BK], tl.float32)
+            for i in tl.static_range(STEPS):
+                k = i * BK + columns
+                x = tl.load(X + row * x_b + k, mask=k < tl.where(row < batch, D, 0), other=0.0)
+                products += ws[i].to(tl.float32) * x.to(tl.float32)
+            acc += tl.where((b == row)[:, None], tl.sum(products, 1)[None, :], 0.0)
+    for i in tl.static_range(0 if WHOLE else STEPS):
         k = i * BK + tl.arange(0, BK)
         live = k < D
         at = rows[:, None] * D + k[None, :]

@@ -61,9 +61,9 @@ BLOCK_MAY_SPILL = {
     (86, "block", 16, 768, 12): 32,
     (90, "block", 16, 2048, 8): 32,  # (heads of 256: hla.step)
     (90, "block", 32, 768, 12): 16,
-    (90, "block", 32, 2048, 16): 32,  # (P of shape_step in shared memory: 16, 24)
+    (90, "block", 32, 2048, 16): 48,  # (P of shape_step in shared memory: 24, 40)
     (90, "block", 64, 1024, 16): 16,
-    (90, "block", 100, 2048, 16): 32,
+    (90, "block", 100, 2048, 16): 48,  # (as above)
     (90, "block", 200, 2048, 16): 64,
     (80, "block", 64, 768, 12): 16,
     (86, "block", 32, 768, 12): 0,

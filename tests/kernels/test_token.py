@@ -6,6 +6,7 @@ import torch
 from hla.layer_state import state_tensors
 from hla.models import HLAConfig
 from hla.models.modeling_hla import HLABlock
+from tests.kernels import gluon
 from tests.ops.cases import assert_close
 
 pytest.importorskip("triton")
@@ -124,6 +125,29 @@ def check(block: HLABlock, rows: int, masked: bool, tokens: int = 4) -> None:
         assert_close(y, expected.double(), 2e-6, "y")
         for a, b in zip(*map(state_tensors, states), strict=True):
             assert_close(b, a.double(), 2e-6, "state")
+
+
+@pytest.mark.parametrize("case,rows", [(case, rows) for case in CASES if case != "linear_attn" for rows in (1, 3)])
+def test_a_token_through_the_step_in_gluon(case, rows, monkeypatch):
+    launches = []
+    monkeypatch.setattr(shape_step, "has_gluon", lambda capability: True)
+    monkeypatch.setattr(shape_step, "launch", lambda *args, **options: launches.append(gluon.launch(*args, **options)))
+    check(new_block(CASES[case]), rows, masked=True)
+    assert launches
+
+
+def test_many_programs_have_P_in_shared_memory(monkeypatch):
+    many = []
+
+    def launch(*args, **options):
+        many.append(options["MANY"])
+        gluon.launch(*args, **options)
+
+    monkeypatch.setattr(shape_step, "has_gluon", lambda capability: True)
+    monkeypatch.setattr(shape_step, "launch", launch)
+    monkeypatch.setattr(shape_step, "FEW_PROGRAMS", 6)
+    check(new_block(dict(num_attention_heads=2, head_dim=128)), 3, masked=True)
+    assert many and all(many)
 
 
 def test_a_state_of_another_layer_does_not_fit(monkeypatch):
