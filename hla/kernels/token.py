@@ -16,9 +16,9 @@ everything between two reads of weights goes into the kernel of one of them:
 multiprocessor can hold the states of a head.
 
 More rows are products of the matrix units (`product`), whose programs read nothing but weights and finished inputs, as
-fast as memory gives them: what lies between has short launches of its own, three with `shape_step`. The output projection and the way down
-have few outputs; several programs share the columns, and the launch that adds up their parts adds the residual and
-computes the next norm (`add_up`). Above TILE_ROWS cuBLAS has the large products.
+fast as memory gives them: what lies between has short launches of its own, three with `shape_step`. The output
+projection and the way down have few outputs; several programs share the columns, and the launch that adds up their
+parts adds the residual and computes the next norm (`add_up`). Above TILE_ROWS cuBLAS has the large products.
 
 With few rows each of these kernels takes microseconds, most of them latency of the launch and of memory. Where the card
 can, they overlap (`hla.kernels.launch`): while one ends, the next one asks for the state, for residuals and, with a row

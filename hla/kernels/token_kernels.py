@@ -70,7 +70,8 @@ def project(
         ws = ()
         for i in tl.static_range(STEPS):
             k = i * BK + columns
-            ws += (tl.load(weight + rows[:, None] * D + k, mask=inside[:, None] & (k < D), other=0.0),)
+            w = tl.load(weight + rows[:, None] * D + k, mask=inside[:, None] & (k < D), other=0.0)
+            ws += (w,)  # type: ignore[assignment]
         wait(PDL)
         for row in tl.static_range(ROWS):
             products = tl.zeros([BN, BK], tl.float32)
