@@ -129,22 +129,16 @@ def check(block: HLABlock, rows: int, masked: bool, tokens: int = 4) -> None:
 
 @pytest.mark.parametrize("case,rows", [(case, rows) for case in CASES if case != "linear_attn" for rows in (1, 3)])
 def test_a_token_through_the_step_in_gluon(case, rows, monkeypatch):
-    launches = []
-    monkeypatch.setattr(shape_step, "has_gluon", lambda capability: True)
-    monkeypatch.setattr(shape_step, "launch", lambda *args, **options: launches.append(gluon.launch(*args, **options)))
+    launched = gluon.on_the_cpu(monkeypatch, shape_step)
     check(new_block(CASES[case]), rows, masked=True)
-    assert launches
+    assert launched
 
 
 def test_many_programs_have_P_in_shared_memory(monkeypatch):
+    gluon.on_the_cpu(monkeypatch, shape_step)
     many = []
-
-    def launch(*args, **options):
-        many.append(options["MANY"])
-        gluon.launch(*args, **options)
-
-    monkeypatch.setattr(shape_step, "has_gluon", lambda capability: True)
-    monkeypatch.setattr(shape_step, "launch", launch)
+    launch = shape_step.launch
+    monkeypatch.setattr(shape_step, "launch", lambda *a, **kw: (many.append(kw["MANY"]), launch(*a, **kw)))
     monkeypatch.setattr(shape_step, "FEW_PROGRAMS", 6)
     check(new_block(dict(num_attention_heads=2, head_dim=128)), 3, masked=True)
     assert many and all(many)

@@ -1,0 +1,72 @@
+"""The kernels of hla_q in Gluon, for Hopper GPUs, run on the CPU: outputs, states and gradients in bfloat16 are as near
+to float64 as bfloat16 is."""
+
+import pytest
+import torch
+
+import hla
+
+pytest.importorskip("triton")
+from hla.kernels import pairs, pairs_hopper, query_side, query_side_hopper, query_side_walk, segments
+from tests.kernels import gluon
+from tests.ops.cases import F64
+
+KERNELS = {
+    64: {"walk_readings", "pair_gradients_hopper", "adjoint"},
+    128: {"solve_hopper", "pair_gradients_hopper", "adjoint"},
+}
+# (tokens, heads of q and of k, order, gate, what is packed or cut)
+CASES = {
+    "default form": (150, 1, 1, 4, True, "whole"),
+    "grouped, without gate": (100, 2, 1, 4, False, "whole"),
+    "one reading": (70, 1, 1, 1, True, "whole"),
+    "packed": (150, 1, 1, 3, True, "packed"),
+    "split": (150, 2, 1, 2, True, "split"),
+}
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("case", CASES)
+def test_hla_q(case, D, monkeypatch):
+    T, HQ, HKV, order, gated, cut = CASES[case]
+    launched = gluon.on_the_cpu(monkeypatch, query_side, query_side_walk, pairs, pairs_hopper)
+    # (The interpreter computes in float32; chunks are to be those of bfloat16.)
+    config = query_side.query_side_config
+    monkeypatch.setattr(query_side, "query_side_config", lambda key, wide, capability: config(key, False, capability))
+    if cut == "split":
+        monkeypatch.setattr(segments, "SHORTEST_SEGMENT", 64)
+    new = lambda *shape: torch.randn(1, T, *shape).bfloat16()  # noqa: E731
+    unit = lambda x: torch.nn.functional.normalize(x.float(), dim=-1).bfloat16()  # noqa: E731
+    inputs = {
+        "q": unit(new(HQ, D)), "k": unit(new(HKV, D)), "v": new(HKV, D), "ridge": 0.5 + torch.rand(1, T, HQ),
+        "nodes": 0.1 + 0.8 * torch.rand(1, T, HQ, order + 1),
+    }  # fmt: skip
+    if gated:
+        inputs["g"] = -0.2 * torch.rand(1, T, HKV)
+    cu_seqlens = torch.tensor([0, 70, 70, 133, T], dtype=torch.int32) if cut == "packed" else None
+    direction = torch.randn(1, T, HQ, D)
+    found, expected = [], []
+    for results, dtype, backend in ((found, None, "triton"), (expected, F64, "torch")):
+        leaves = {n: x.clone().to(dtype or x.dtype).requires_grad_() for n, x in inputs.items()}
+        o, state = hla.hla_q(**leaves, order=order, cu_seqlens=cu_seqlens, output_final_state=True, backend=backend)
+        (o * direction).sum().backward()
+        results += [
+            ("o", o.detach()),
+            *((n, x.detach()) for n, x in zip("SP", state, strict=False)),
+            *((n, x.grad) for n, x in leaves.items()),
+        ]
+    assert set(launched) == KERNELS[D]
+    for (name, a), (_, b) in zip(found, expected, strict=True):
+        error = float((a.double() - b).norm() / b.norm())
+        assert error < 8e-3, (name, error)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_sums_of_rows_and_diagonals_in_parts(groups):
+    """What a rounding error of a token's own reading hangs on: no gradient shows it."""
+    x = torch.randn(64, 64)
+    parts = gluon.function(query_side_hopper._diagonal)(x, groups)
+    assert parts.shape == (64, groups, 4) and torch.equal(parts.sum((1, 2)), x.diagonal())
+    parts = gluon.function(query_side_hopper._own_part)(x, groups)
+    assert parts.shape == (64, groups, 4)
+    torch.testing.assert_close(parts.sum((1, 2)).as_subclass(torch.Tensor), x.sum(1))
