@@ -1,9 +1,10 @@
 """Runs kernels written in Gluon on the CPU, program after program: what Triton's interpreter does for those in Triton.
 
 The function of a kernel is called with a stand-in for Gluon's language: tensors are PyTorch's, layouts mean nothing,
-and pointers know their tensor, so that reading or writing outside of it is an error. Instructions written in PTX,
-products of the matrix units and asynchronous copies have stand-ins by name; copies and products are done at once. Not
-covered: what a compiler makes of it, and the order of threads.
+and pointers know their tensor, so that reading or writing outside of it is an error. Instructions written in PTX have
+stand-ins by name. Copies to shared memory and products of the matrix units are asynchronous: they are done at once, or
+as late as the kernel allows, when it waits for them, and what was not waited for is not there. Not covered: what a
+compiler makes of it, and threads that should wait for each other.
 """
 
 from __future__ import annotations
@@ -74,10 +75,6 @@ def _store(pointer: Pointer, value: Tensor, mask: Any = True) -> None:
     pointer.memory[at[mask]] = value[mask]
 
 
-def _copy(to: Shared, source: Pointer, mask: Any = True) -> None:
-    to.store(_load(source, mask).to(to.tensor.dtype))  # (states that Triton's interpreter has in float32)
-
-
 def _where(condition: Any, a: Any, b: Any) -> Tensor:
     return _value(torch.where(torch.as_tensor(condition), torch.as_tensor(a), torch.as_tensor(b)))
 
@@ -90,16 +87,71 @@ def _full(shape: list[int], number: float, dtype: torch.dtype, _layout: Any = No
     return _value(torch.full(shape, number, dtype=dtype))
 
 
-def _product(a: Any, b: Any, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
-    a, b = (x.tensor if isinstance(x, Shared) else x for x in (a, b))
-    assert a.dtype == b.dtype == torch.bfloat16 and acc.dtype == torch.float32
-    product = a.float() @ b.float()
-    assert product.shape == acc.shape
-    return _value(acc + product if use_acc else product)
+class Product:
+    """What a product of the matrix units will be."""
+
+    def __init__(self, a: Any, b: Any, acc: Any, use_acc: bool):
+        self.a, self.b, self.acc, self.use_acc = a, b, acc, use_acc
+        self.value: Tensor | None = None
+        self.awaited = False
+
+    def compute(self) -> None:
+        if self.value is None:
+            a, b = (x.tensor if isinstance(x, Shared) else x for x in (self.a, self.b))
+            acc = self.acc.value if isinstance(self.acc, Product) else self.acc
+            assert a.dtype == b.dtype == torch.bfloat16 and acc.dtype == torch.float32
+            product = a.float() @ b.float()
+            assert product.shape == acc.shape
+            self.value = _value(acc + product if self.use_acc else product)
 
 
-def _waited(_left: int, products: tuple[Tensor, ...]) -> Any:
-    return products[0] if len(products) == 1 else products
+class Asynchronous:
+    """The copies and products of a program that were started.
+
+    late: "copies" or "products", which of them are done when the program waits for them instead of at once.
+    """
+
+    def __init__(self, late: str):
+        self.late = late
+        self.copies: list[tuple[Shared, Pointer, Any]] = []
+        self.groups: list[list[tuple[Shared, Pointer, Any]]] = []
+        self.products: list[Product] = []
+
+    def copy(self, to: Shared, source: Pointer, mask: Any = True) -> None:
+        if self.late == "copies":
+            to.tensor.fill_(float("nan"))
+        else:
+            self._done(to, source, mask)
+        self.copies.append((to, source, mask))
+
+    def _done(self, to: Shared, source: Pointer, mask: Any) -> None:
+        to.store(_load(source, mask).to(to.tensor.dtype))  # (states that Triton's interpreter has in float32)
+
+    def commit_group(self) -> None:
+        self.groups.append(self.copies)
+        self.copies = []
+
+    def wait_group(self, left: int) -> None:
+        while len(self.groups) > left:
+            for copy in self.groups.pop(0):
+                if self.late == "copies":
+                    self._done(*copy)
+
+    def product(self, a: Any, b: Any, acc: Any, use_acc: bool = True, is_async: bool = False) -> Any:
+        assert is_async
+        product = Product(a, b, acc, use_acc)
+        if self.late != "products":
+            product.compute()
+        self.products.append(product)
+        return product
+
+    def wait_products(self, left: int, products: tuple[Any, ...]) -> Any:
+        while len(self.products) > left:
+            product = self.products.pop(0)
+            product.compute()
+            product.awaited = True
+        found = tuple(x.value if isinstance(x, Product) and x.awaited else x for x in products)
+        return found[0] if len(found) == 1 else found
 
 
 def _as(memory: Shared, dtype: torch.dtype, shape: list[int], _layout: Any = None) -> Shared:
@@ -130,23 +182,25 @@ def _language(program: int) -> types.SimpleNamespace:
     )  # fmt: skip
 
 
-STAND_INS: dict[str, Any] = {
-    "_barrier": lambda: None,
-    "_wait": lambda PDL: None,
-    "_exponential": torch.exp,
-    "_wide": lambda x: x.to(torch.float32),
-    "_zero": lambda x: x * 0,
-    "_copy": _copy,
-    "_as": _as,
-    "async_copy": types.SimpleNamespace(commit_group=lambda: None, wait_group=lambda left: None),
-    "fence_async_shared": lambda: None,
-    "warpgroup_mma": _product,
-    "warpgroup_mma_wait": _waited,
-}
+def _stand_ins(late: str) -> dict[str, Any]:
+    started = Asynchronous(late)
+    return {
+        "_barrier": lambda: None,
+        "_wait": lambda PDL: None,
+        "_exponential": torch.exp,
+        "_wide": lambda x: x.to(torch.float32),
+        "_zero": lambda x: x * 0,
+        "_copy": started.copy,
+        "_as": _as,
+        "async_copy": started,
+        "fence_async_shared": lambda: None,
+        "warpgroup_mma": started.product,
+        "warpgroup_mma_wait": started.wait_products,
+    }
 
 
-def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """As `hla.kernels.launch.launch`, on CPU tensors."""
+def launch(kernel: Any, programs: int, *args: Any, late: str = "copies", **constants: Any) -> None:
+    """As `hla.kernels.launch.launch`, on CPU tensors. late: see `Asynchronous`."""
     options = {n: constants.pop(n) for n in ("warps", "stages", "pdl", "registers") if n in constants}
     if kernel.arg_names[-1] == "PDL":
         constants["PDL"] = options["pdl"]
@@ -155,16 +209,18 @@ def launch(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     # (A tensor may be a part of another one, at any distance of its rows.)
     values = [Pointer(_memory(x)) if isinstance(x, Tensor) else x for x in args]
     for program in range(programs):
-        _callable(kernel, _language(program), {})(**dict(zip(names, values, strict=True)), **constants)
+        _callable(kernel, _language(program), _stand_ins(late), {})(
+            **dict(zip(names, values, strict=True)), **constants
+        )
 
 
 def function(part: Any) -> Any:
     """A function that kernels call, on tensors."""
-    call = _callable(part, _language(0), {})
+    call = _callable(part, _language(0), _stand_ins("copies"), {})
     return lambda x, *more: call(_value(x), *more)
 
 
-def _callable(kernel: Any, language: Any, known: dict[int, dict]) -> Any:
+def _callable(kernel: Any, language: Any, stand_ins: dict[str, Any], known: dict[int, dict]) -> Any:
     """The function of a kernel, or of a part of one, in which all names of its module are stand-ins that have one."""
     own = kernel.fn.__globals__
     names = known.get(id(own))
@@ -172,10 +228,10 @@ def _callable(kernel: Any, language: Any, known: dict[int, dict]) -> Any:
         names = known[id(own)] = dict(own)
         names["gl"] = language
         for name, x in own.items():
-            if name in STAND_INS:
-                names[name] = STAND_INS[name]
+            if name in stand_ins:
+                names[name] = stand_ins[name]
             elif is_gluon(x):
-                names[name] = _callable(x, language, known)
+                names[name] = _callable(x, language, stand_ins, known)
     return types.FunctionType(kernel.fn.__code__, names)
 
 
@@ -188,15 +244,20 @@ def _memory(x: Tensor) -> Tensor:
     return x.as_strided((1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)),), (1,))
 
 
-def on_the_cpu(patch: pytest.MonkeyPatch, *modules: Any) -> list[str]:
-    """From now on the modules take the kernels in Gluon, and launch them here; the names of those that were."""
+def on_the_cpu(patch: pytest.MonkeyPatch, *modules: Any, late: str = "copies") -> list[str]:
+    """From now on the modules take the kernels in Gluon, and launch them here; the names of those that were.
+
+    late: see `Asynchronous`.
+    """
     launched = []
 
     def route(original: Any) -> Any:
         def function(kernel: Any, *args: Any, **options: Any) -> None:
             if is_gluon(kernel):
                 launched.append(kernel.fn.__name__)
-            (launch if is_gluon(kernel) else original)(kernel, *args, **options)
+                launch(kernel, *args, late=late, **options)
+            else:
+                original(kernel, *args, **options)
 
         return function
 

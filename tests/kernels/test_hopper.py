@@ -25,11 +25,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("late", ["copies", "products"])
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("case", CASES)
-def test_hla_q(case, D, monkeypatch):
+def test_hla_q(case, D, late, monkeypatch):
     T, HQ, HKV, order, gated, cut = CASES[case]
-    launched = gluon.on_the_cpu(monkeypatch, query_side, query_side_walk, pairs, pairs_hopper)
+    launched = gluon.on_the_cpu(monkeypatch, query_side, query_side_walk, pairs, pairs_hopper, late=late)
     # (The interpreter computes in float32; chunks are to be those of bfloat16.)
     config = query_side.query_side_config
     monkeypatch.setattr(query_side, "query_side_config", lambda key, wide, capability: config(key, False, capability))

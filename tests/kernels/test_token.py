@@ -127,8 +127,10 @@ def check(block: HLABlock, rows: int, masked: bool, tokens: int = 4) -> None:
             assert_close(b, a.double(), 2e-6, "state")
 
 
-@pytest.mark.parametrize("case,rows", [(case, rows) for case in CASES if case != "linear_attn" for rows in (1, 3)])
-def test_a_token_through_the_step_in_gluon(case, rows, monkeypatch):
+@pytest.mark.parametrize("rows,tiles", [(1, 128), (3, 128), (3, 2)])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "linear_attn"])
+def test_a_token_through_the_step_in_gluon(case, rows, tiles, monkeypatch):
+    monkeypatch.setattr(kernels, "TILE_ROWS", tiles)
     launched = gluon.on_the_cpu(monkeypatch, shape_step)
     check(new_block(CASES[case]), rows, masked=True)
     assert launched
