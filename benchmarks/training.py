@@ -1,8 +1,9 @@
 """``python -m benchmarks.training --device cuda``: tokens per second of training whole models on one GPU.
 
 HLA models of the sizes of `hla.models.SIZES` with random weights, beside the same model with softmax attention in every
-layer, a Llama of transformers and flash-linear-attention's GatedDeltaNet and GLA (where they import) of the same width,
-depth, heads and vocabulary. All are trained as `hla train` does it: float32 weights, bfloat16 autocast, loss in pieces
+layer, that one with as many weights as HLA (a wider MLP), a Llama of transformers and flash-linear-attention's
+GatedDeltaNet and GLA (where they import) of the same width, depth, heads and vocabulary. All are trained as `hla train`
+does it: float32 weights, bfloat16 autocast, loss in pieces
 (`hla.loss`), clipping, AdamW (fused); attention takes cuDNN where it can, else flash. A call is one optimizer step over
 ``--tokens`` tokens in all: as many rows of T tokens as that makes, in micro-batches of up to ``MICRO`` tokens, the same
 for all models of a row. Rows longer than that have their activations recomputed layer by layer. Where models fit
@@ -51,7 +52,7 @@ from benchmarks.cuda.guard import Budget, free, guarded
 from benchmarks.cuda.probes import ceilings
 from benchmarks.generation import head_size, new_delta, new_gla, new_hla, new_softmax
 from benchmarks.measure import environment, gpu_software, interleaved_medians, peak_bytes, say, synchronize, write_csv
-from benchmarks.training_report import DELTA, GLA, HLA, LLAMA, SOFTMAX, Row, plot, print_table
+from benchmarks.training_report import DELTA, GLA, HLA, LLAMA, SOFTMAX, WIDER, Row, plot, print_table
 from hla.build import recompute_activations
 from hla.graphed import EAGER, Graphed, Pool
 from hla.loss import summed_cross_entropy
@@ -72,8 +73,19 @@ def new_own_softmax(size: str) -> HLAForCausalLM:
     return HLAForCausalLM(HLAConfig(**settings, layer_types=["full_attention"] * settings["num_hidden_layers"]))
 
 
+def new_wider_softmax(size: str) -> HLAForCausalLM:
+    """The same with an MLP so much wider, in steps of 64, that it has as many weights as HLA."""
+    settings = dict(SIZES[size])
+    layers = settings["num_hidden_layers"]
+    softmax = HLAConfig(**settings, layer_types=["full_attention"] * layers)
+    missing = count_parameters(HLAConfig(**settings)) - count_parameters(softmax)
+    settings["intermediate_size"] += 64 * round(missing / (3 * layers * settings["hidden_size"] * 64))
+    return HLAForCausalLM(HLAConfig(**settings, layer_types=["full_attention"] * layers))
+
+
 MAKERS: dict[str, Callable[[str], Any]] = {
-    HLA: new_hla, SOFTMAX: new_own_softmax, LLAMA: new_softmax, DELTA: new_delta, GLA: new_gla,
+    HLA: new_hla, SOFTMAX: new_own_softmax, WIDER: new_wider_softmax, LLAMA: new_softmax, DELTA: new_delta,
+    GLA: new_gla,
 }  # fmt: skip
 
 
@@ -178,6 +190,7 @@ def model_flops(trained: Trained, length: int) -> float:
     per_head = {
         HLA: 2 * (HLAConfig().order + 3) * dim**2,
         SOFTMAX: 2 * length * dim,
+        WIDER: 2 * length * dim,
         LLAMA: 2 * length * dim,
         DELTA: 6 * dim**2,
         GLA: 4 * dim**2,

@@ -8,6 +8,7 @@ from typing import Any
 from hla.models import SIZES
 
 HLA, SOFTMAX, LLAMA, DELTA, GLA = "HLA", "softmax", "Llama", "GatedDeltaNet", "GLA"
+WIDER = "softmax, as many weights"
 Row = dict[str, Any]
 SPEED = (
     "size", "model", "T", "recompute", "ms_per_step", "tokens_per_s", "mfu", "mfu_measured", "peak_mib", "vs_softmax",
@@ -40,7 +41,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
     rows = [{**r, "T": int(r["T"]), "tokens_per_s": float(r["tokens_per_s"])} for r in rows if r["tokens_per_s"] != ""]
     sizes = [s for s in SIZES if any(r["size"] == s for r in rows)]
-    styles = {HLA: "o-", SOFTMAX: "s--", LLAMA: "^:", DELTA: "x-.", GLA: "d-."}
+    styles = {HLA: "o-", SOFTMAX: "s--", LLAMA: "^:", DELTA: "x-.", GLA: "d-.", WIDER: "v--"}
     figure, axes = plt.subplots(1, len(sizes), figsize=(1 + 3.8 * len(sizes), 3.8), squeeze=False)
     for axis, size in zip(axes[0], sizes, strict=True):
         for i, (kind, style) in enumerate(styles.items()):

@@ -32,7 +32,8 @@ def test_speed(run, monkeypatch, tmp_path):
     monkeypatch.setitem(training.MAKERS, training.LLAMA, broken)
     rows = run("--contexts", "128", "32", "--tokens", "128")
     rows = [r for r in rows if r["model"] not in (training.DELTA, training.GLA)]
-    assert [(r["T"], r["model"]) for r in rows] == [(t, m) for t in ("32", "128") for m in ("softmax", "HLA", "Llama")]
+    models = ("softmax", "HLA", training.WIDER, "Llama")
+    assert [(r["T"], r["model"]) for r in rows] == [(t, m) for t in ("32", "128") for m in models]
     assert {(r["T"], r["batch"], r["micro_batch"], r["recompute"]) for r in rows} == {
         ("32", "4", "2", "0"), ("128", "1", "1", "1"),
     }  # fmt: skip
@@ -45,6 +46,14 @@ def test_speed(run, monkeypatch, tmp_path):
         assert float(r["peak_mib"]) * 2**20 > 12 * int(r["parameters"])
     assert int(rows[1]["parameters"]) == count_parameters(HLAConfig(**SIZES["tiny"]))
     assert (tmp_path / "rows.png").exists()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_wider_softmax_model_has_as_many_weights(size):
+    with torch.device("meta"):
+        models = [training.MAKERS[kind](size) for kind in (training.HLA, training.WIDER, training.SOFTMAX)]
+    hla, wider, softmax = (sum(p.numel() for p in model.parameters()) for model in models)
+    assert abs(wider - hla) < 0.006 * hla and (softmax < 0.96 * hla or size == "tiny")
 
 
 def test_with_graphs(run, monkeypatch):
