@@ -1,5 +1,6 @@
 # mypy: ignore-errors
-"""`shape` and `hla.step` of hla_q for one token in one launch, in Gluon: a program per key/value head.
+"""`shape`, `hla.step`, norm and gate of the heads for one token of hla_q in one launch, in Gluon: a program per
+key/value head.
 
 A head's convolution, features and norm need nothing of other heads, so what lies between the projections and the
 operator is done where its results are wanted. S and P are asked for before the projections are there (`wait`). With few

@@ -39,6 +39,9 @@ MODELS = {
         qk_norm="none",
         order=1,
     ),
+    "neither norm nor gate of the heads": dict(
+        hidden_size=128, num_attention_heads=2, output_norm=False, output_gate=False
+    ),
     "linear_attn": dict(hidden_size=256, num_attention_heads=4, op="linear_attn", decay="fixed", conv_size=0),
 }
 
@@ -62,7 +65,7 @@ def logits_of(model: HLAForCausalLM, ids: torch.Tensor, mask: torch.Tensor | Non
     return torch.stack(out, 1).double()
 
 
-@pytest.mark.parametrize("rows", [1, 5, 16, 17, 33, 64, 100])
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 33, 64, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_error_is_that_of_the_dtype(name, dtype, rows, monkeypatch):

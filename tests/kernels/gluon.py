@@ -3,8 +3,9 @@
 The function of a kernel is called with a stand-in for Gluon's language: tensors are PyTorch's, layouts mean nothing,
 and pointers know their tensor, so that reading or writing outside of it is an error. Instructions written in PTX have
 stand-ins by name. Copies to shared memory and products of the matrix units are asynchronous: they are done at once, or
-as late as the kernel allows, when it waits for them, and what was not waited for is not there. Not covered: what a
-compiler makes of it, and threads that should wait for each other.
+as late as the kernel allows, when it waits for them, and what was not waited for is not there. A kernel that overlaps
+with the launch before it reads nothing of that one, and writes nothing, ahead of its wait. Not covered: what a compiler
+makes of it, and threads that should wait for each other.
 """
 
 from __future__ import annotations
@@ -28,15 +29,30 @@ def _value(x: Any) -> Tensor:
     return torch.as_tensor(x).as_subclass(Value)
 
 
-class Pointer:
-    """Places in a contiguous piece of memory, as numbers of elements from its start."""
+class Waits:
+    """Whether a kernel has waited for the launch before it."""
 
-    def __init__(self, memory: Tensor, at: Any = 0):
-        self.memory, self.at = memory, torch.as_tensor(at)
+    over = False
+
+    def wait(self, _pdl: bool) -> None:
+        self.over = True
+
+
+class Pointer:
+    """Places in a contiguous piece of memory, as numbers of elements from its start.
+
+    late: it must not be read before the kernel has waited for the previous launch (nor anything be written before).
+    """
+
+    def __init__(self, memory: Tensor, at: Any = 0, waits: Waits | None = None, late: bool = False):
+        self.memory, self.at, self.waits, self.late = memory, torch.as_tensor(at), waits, late
         self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
 
     def __add__(self, offset: Any) -> Pointer:
-        return Pointer(self.memory, self.at + offset)
+        return Pointer(self.memory, self.at + offset, self.waits, self.late)
+
+    def allows(self, writing: bool) -> bool:
+        return self.waits is None or self.waits.over or not (writing or self.late)
 
 
 class Shared:
@@ -46,9 +62,11 @@ class Shared:
         self.tensor = tensor
 
     def index(self, i: Any) -> Shared:
+        assert 0 <= int(i) < len(self.tensor)
         return Shared(self.tensor[int(i)])
 
     def slice(self, start: int, length: int) -> Shared:
+        assert 0 <= start and start + length <= len(self.tensor)
         return Shared(self.tensor[start : start + length])
 
     def permute(self, order: tuple[int, ...]) -> Shared:
@@ -62,14 +80,16 @@ class Shared:
         return _value(self.tensor.clone())
 
 
-def _load(pointer: Pointer, mask: Any = True, other: float = 0.0) -> Tensor:
+def _load(pointer: Pointer, mask: Any = True, other: float = float("nan")) -> Tensor:
+    assert pointer.allows(writing=False)
     at, mask = torch.broadcast_tensors(pointer.at, torch.as_tensor(mask))
     assert ((at >= 0) & (at < pointer.memory.numel()))[mask].all()
-    other = torch.tensor(other, dtype=pointer.memory.dtype)
-    return _value(torch.where(mask, pointer.memory[torch.where(mask, at, 0)], other))
+    found = pointer.memory[torch.where(mask, at, 0)]
+    return _value(found if mask.all() else torch.where(mask, found, torch.tensor(other, dtype=found.dtype)))
 
 
 def _store(pointer: Pointer, value: Tensor, mask: Any = True) -> None:
+    assert pointer.allows(writing=True)
     at, value, mask = torch.broadcast_tensors(pointer.at, torch.as_tensor(value), torch.as_tensor(mask))
     assert ((at >= 0) & (at < pointer.memory.numel()))[mask].all() and value.dtype == pointer.memory.dtype
     pointer.memory[at[mask]] = value[mask]
@@ -125,7 +145,7 @@ class Asynchronous:
         self.copies.append((to, source, mask))
 
     def _done(self, to: Shared, source: Pointer, mask: Any) -> None:
-        to.store(_load(source, mask).to(to.tensor.dtype))  # (states that Triton's interpreter has in float32)
+        to.store(_load(source, mask, 0.0).to(to.tensor.dtype))  # (states that Triton's interpreter has in float32)
 
     def commit_group(self) -> None:
         self.groups.append(self.copies)
@@ -182,11 +202,13 @@ def _language(program: int) -> types.SimpleNamespace:
     )  # fmt: skip
 
 
+LATE = {"Y", "WRITE", "DECAY", "RIDGE_LOGIT", "GATE"}  # what the launch before writes, of kernels that overlap with it
+
+
 def _stand_ins(late: str) -> dict[str, Any]:
     started = Asynchronous(late)
     return {
         "_barrier": lambda: None,
-        "_wait": lambda PDL: None,
         "_exponential": torch.exp,
         "_wide": lambda x: x.to(torch.float32),
         "_zero": lambda x: x * 0,
@@ -206,12 +228,16 @@ def launch(kernel: Any, programs: int, *args: Any, late: str = "copies", **const
         constants["PDL"] = options["pdl"]
     names = [n for n in kernel.arg_names if n not in constants]
     assert len(names) == len(args)
-    # (A tensor may be a part of another one, at any distance of its rows.)
-    values = [Pointer(_memory(x)) if isinstance(x, Tensor) else x for x in args]
+    assert list(constants) == [n for n in kernel.arg_names if n in constants]  # (passed by position on a GPU)
     for program in range(programs):
-        _callable(kernel, _language(program), _stand_ins(late), {})(
-            **dict(zip(names, values, strict=True)), **constants
-        )
+        waits = Waits() if "PDL" in constants else None
+        # (A tensor may be a part of another one, at any distance of its rows.)
+        values = {
+            n: Pointer(_memory(x), 0, waits, n in LATE) if isinstance(x, Tensor) else x
+            for n, x in zip(names, args, strict=True)
+        }
+        stand_ins = _stand_ins(late) | ({} if waits is None else {"_wait": waits.wait})
+        _callable(kernel, _language(program), stand_ins, {})(**values, **constants)
 
 
 def function(part: Any) -> Any:

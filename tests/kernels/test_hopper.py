@@ -8,6 +8,7 @@ import hla
 
 pytest.importorskip("triton")
 from hla.kernels import pairs, pairs_hopper, query_side, query_side_hopper, query_side_walk, segments
+from hla.ops.state import HLAQState
 from tests.kernels import gluon
 from tests.ops.cases import F64
 
@@ -15,13 +16,14 @@ KERNELS = {
     64: {"walk_readings", "pair_gradients_hopper", "adjoint"},
     128: {"solve_hopper", "pair_gradients_hopper", "adjoint"},
 }
-# (tokens, heads of q and of k, order, gate, what is packed or cut)
+# (sequences, tokens, heads of q and of k, order, gate, what is packed or cut)
 CASES = {
-    "default form": (150, 1, 1, 4, True, "whole"),
-    "grouped, without gate": (100, 2, 1, 4, False, "whole"),
-    "one reading": (70, 1, 1, 1, True, "whole"),
-    "packed": (150, 1, 1, 3, True, "packed"),
-    "split": (150, 2, 1, 2, True, "split"),
+    "default form": (1, 150, 1, 1, 4, True, "whole"),
+    "grouped, with states": (2, 90, 4, 2, 4, True, "states"),
+    "grouped, without gate": (2, 70, 2, 1, 3, False, "whole"),
+    "one reading": (1, 70, 1, 1, 1, True, "states"),
+    "packed": (1, 150, 2, 2, 3, True, "packed"),
+    "split": (1, 150, 2, 1, 2, True, "split"),
 }
 
 
@@ -29,32 +31,43 @@ CASES = {
 @pytest.mark.parametrize("D", [64, 128])
 @pytest.mark.parametrize("case", CASES)
 def test_hla_q(case, D, late, monkeypatch):
-    T, HQ, HKV, order, gated, cut = CASES[case]
+    B, T, HQ, HKV, order, gated, cut = CASES[case]
     launched = gluon.on_the_cpu(monkeypatch, query_side, query_side_walk, pairs, pairs_hopper, late=late)
     # (The interpreter computes in float32; chunks are to be those of bfloat16.)
     config = query_side.query_side_config
     monkeypatch.setattr(query_side, "query_side_config", lambda key, wide, capability: config(key, False, capability))
     if cut == "split":
         monkeypatch.setattr(segments, "SHORTEST_SEGMENT", 64)
-    new = lambda *shape: torch.randn(1, T, *shape).bfloat16()  # noqa: E731
+    new = lambda *shape: torch.randn(B, T, *shape).bfloat16()  # noqa: E731
     unit = lambda x: torch.nn.functional.normalize(x.float(), dim=-1).bfloat16()  # noqa: E731
     inputs = {
-        "q": unit(new(HQ, D)), "k": unit(new(HKV, D)), "v": new(HKV, D), "ridge": 0.5 + torch.rand(1, T, HQ),
-        "nodes": 0.1 + 0.8 * torch.rand(1, T, HQ, order + 1),
+        "q": unit(new(HQ, D)), "k": unit(new(HKV, D)), "v": new(HKV, D), "ridge": 0.5 + torch.rand(B, T, HQ),
+        "nodes": 0.1 + 0.8 * torch.rand(B, T, HQ, order + 1),
     }  # fmt: skip
     if gated:
-        inputs["g"] = -0.2 * torch.rand(1, T, HKV)
+        inputs["g"] = -0.2 * torch.rand(B, T, HKV)
+    if cut == "states":
+        S = unit(torch.randn(B, HKV, 20, D)).float()
+        inputs |= {"S": S.mT @ S, "P": torch.randn(B, HKV, D, D)}
     cu_seqlens = torch.tensor([0, 70, 70, 133, T], dtype=torch.int32) if cut == "packed" else None
-    direction = torch.randn(1, T, HQ, D)
+    direction, at_end = torch.randn(B, T, HQ, D), torch.randn(2, D, D)
+    at_end[0] += at_end[0].mT.clone()
     found, expected = [], []
     for results, dtype, backend in ((found, None, "triton"), (expected, F64, "torch")):
         leaves = {n: x.clone().to(dtype or x.dtype).requires_grad_() for n, x in inputs.items()}
-        o, state = hla.hla_q(**leaves, order=order, cu_seqlens=cu_seqlens, output_final_state=True, backend=backend)
-        (o * direction).sum().backward()
+        initial = HLAQState(leaves["S"], leaves["P"]) if "S" in leaves else None
+        o, state = hla.hla_q(
+            **{n: x for n, x in leaves.items() if n not in "SP"}, order=order, cu_seqlens=cu_seqlens,
+            initial_state=initial, output_final_state=True, backend=backend,
+        )  # fmt: skip
+        loss = (o * direction).sum()
+        if initial is not None:
+            loss = loss + sum((x * y).sum() for x, y in zip(state, at_end, strict=True))
+        loss.backward()
         results += [
             ("o", o.detach()),
-            *((n, x.detach()) for n, x in zip("SP", state, strict=False)),
-            *((n, x.grad) for n, x in leaves.items()),
+            *((f"{n} at the end", x.detach()) for n, x in zip("SP", state, strict=True)),
+            *((f"gradient of {n}", x.grad) for n, x in leaves.items()),
         ]
     assert set(launched) == KERNELS[D]
     for (name, a), (_, b) in zip(found, expected, strict=True):

@@ -23,6 +23,8 @@ CASES = {
     "fixed decay": dict(
         decay="fixed", ridge="head", output_norm=False, feature_map="relu", qk_norm="none", conv_size=2
     ),
+    "neither norm nor gate of the heads": dict(output_norm=False, output_gate=False, head_dim=16),
+    "long rows": dict(hidden_size=16, head_dim=16, intermediate_size=264),
     "linear_attn": dict(op="linear_attn", feature_map="identity"),
 }
 # (case, rows, rows up to which there are tiles, multiprocessors)
@@ -49,10 +51,16 @@ def new_block(options: dict, dtype=torch.float32, device="cpu") -> HLABlock:
     return block.eval()
 
 
-@pytest.mark.parametrize("rows,masked", [(1, False), (3, True)])
+@pytest.mark.parametrize("rows,masked", [(1, False), (2, False), (3, True)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_token_equals_the_block(case, masked, rows):
     check(new_block(CASES[case]), rows, masked)
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_rows_that_are_too_long_to_be_asked_for_as_a_whole(rows, monkeypatch):
+    monkeypatch.setattr(kernels, "WHOLE", 0)
+    check(new_block(CASES["long rows"]), rows, masked=False, tokens=2)
 
 
 @pytest.mark.parametrize("case,rows,tiles,multiprocessors", MANY)
@@ -116,7 +124,7 @@ def test_an_input_cut_from_a_longer_one():
 def check(block: HLABlock, rows: int, masked: bool, tokens: int = 4) -> None:
     states = [block.mixer.zero_state(rows, torch.float32, "cpu") for _ in range(2)]
     for t in range(tokens):
-        x = torch.randn(rows, 1, 40)
+        x = torch.randn(rows, 1, block.input_layernorm.weight.shape[0])
         mask = torch.rand(rows, 1) > 0.5 if masked and t < 2 else None
         o, _ = block.mixer(block.input_layernorm(x), attention_mask=mask, state=states[0], out_state=states[0])
         h = x + o
@@ -128,12 +136,34 @@ def check(block: HLABlock, rows: int, masked: bool, tokens: int = 4) -> None:
 
 
 @pytest.mark.parametrize("rows,tiles", [(1, 128), (3, 128), (3, 2)])
-@pytest.mark.parametrize("case", [case for case in CASES if case != "linear_attn"])
+@pytest.mark.parametrize("case", [case for case in CASES if case not in ("linear_attn", "long rows")])
 def test_a_token_through_the_step_in_gluon(case, rows, tiles, monkeypatch):
     monkeypatch.setattr(kernels, "TILE_ROWS", tiles)
     launched = gluon.on_the_cpu(monkeypatch, shape_step)
     check(new_block(CASES[case]), rows, masked=True)
-    assert launched
+    assert len(launched) == 4
+
+
+@pytest.mark.parametrize("case", ["default", "no conv"])
+def test_the_step_in_gluon_in_bfloat16(case, monkeypatch):
+    """Beside the step in Triton, whose interpreter cuts off where this rounds."""
+    block = new_block(CASES[case], torch.bfloat16)
+    mixer = block.mixer
+    states = [mixer.zero_state(2, torch.bfloat16, "cpu") for _ in range(2)]
+    launched = gluon.on_the_cpu(monkeypatch, shape_step)
+    for _ in range(3):
+        parts = {n: torch.randn(2, p.out_features).bfloat16() for n, p in kernels._projections(mixer).items()}
+        with torch.no_grad():
+            found = shape_step.shape_step(mixer, parts, states[0], None, False)
+            plain = kernels._shape_and_step(mixer, parts, states[1], None, False).flatten(1)
+            expected = kernels._normed_gated(
+                plain, norm=mixer.o_norm, gate=parts.get("gate_proj"), width=mixer.head_v_dim
+            )
+        assert found.dtype == torch.bfloat16
+        assert (found.double() - expected).norm() < 1.5e-2 * expected.double().norm()
+        for a, b in zip(*map(state_tensors, states), strict=True):
+            assert (a.double() - b).norm() < 1.5e-2 * b.double().norm()
+    assert len(launched) == 3
 
 
 def test_many_programs_have_P_in_shared_memory(monkeypatch):
@@ -143,7 +173,7 @@ def test_many_programs_have_P_in_shared_memory(monkeypatch):
     monkeypatch.setattr(shape_step, "launch", lambda *a, **kw: (many.append(kw["MANY"]), launch(*a, **kw)))
     monkeypatch.setattr(shape_step, "FEW_PROGRAMS", 6)
     check(new_block(dict(num_attention_heads=2, head_dim=128)), 3, masked=True)
-    assert many and all(many)
+    assert many == [True] * 4
 
 
 def test_a_state_of_another_layer_does_not_fit(monkeypatch):
