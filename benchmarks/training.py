@@ -3,12 +3,12 @@
 HLA models of the sizes of `hla.models.SIZES` with random weights, beside the same model with softmax attention in every
 layer, that one with as many weights as HLA (a wider MLP), a Llama of transformers and flash-linear-attention's
 GatedDeltaNet and GLA (where they import) of the same width, depth, heads and vocabulary. All are trained as `hla train`
-does it: float32 weights, bfloat16 autocast, loss in pieces
-(`hla.loss`), clipping, AdamW (fused); attention takes cuDNN where it can, else flash. A call is one optimizer step over
-``--tokens`` tokens in all: as many rows of T tokens as that makes, in micro-batches of up to ``MICRO`` tokens, the same
-for all models of a row. Rows longer than that have their activations recomputed layer by layer. Where models fit
-beside each other they take turns, step by step. With ``--graphs`` forward and backward passes of all models are CUDA
-graphs (`hla.graphed`), which is how `hla train` runs on one GPU; without, Python launches every kernel. Columns:
+does it: float32 weights, bfloat16 autocast, loss in pieces (`hla.loss`), clipping, AdamW (fused); attention takes cuDNN
+where it can, else flash. A call is one optimizer step over ``--tokens`` tokens in all: as many rows of T tokens as that
+makes, in micro-batches of up to ``MICRO`` tokens, the same for all models of a row. Rows longer than that have their
+activations recomputed layer by layer. Where models fit beside each other they take turns, step by step. With
+``--graphs`` forward and backward passes of all models are CUDA graphs (`hla.graphed`), which is how `hla train` runs on
+one GPU; without, Python launches every kernel. Columns:
 
     micro_batch     rows at a time
     graphs          1 with ``--graphs``

@@ -269,6 +269,7 @@ def shape_step_kernel(
             _barrier()
             new_P = decay * P_s.load(L) + k_s.load(ROW)[:, None] * v[None, :]
             gl.store(P + (rows * V + values), new_P)
+            # (Now that there are registers for them.)
             o_factors = _loaded(O_NORM, o_at, V)
             o_gate = _loaded(GATE, b * gate_r + head * V + o_at, b * gate_r + head * V + V)
         o = scale * gl.sum(new_P * x_row[:, None], 0)
