@@ -143,8 +143,9 @@ def product(
         HALF: tl.constexpr = BN // 2
         rows = pid * HALF + r % HALF
         size, width = n, n
-        # (`token.fits` wants weights that start at 16 bytes; Triton 3.9 does not see it behind the choice.)
-        weight = tl.multiple_of(tl.where(r < HALF, W, W1)[:, None], (16, 1))
+        # (`token.fits` wants weights that start at 16 bytes; Triton 3.9 does not see it behind the choice. Said of both
+        # dimensions, as the word overrides what the compiler knows, and 3.6 copies by what it knows of the second.)
+        weight = tl.multiple_of(tl.where(r < HALF, W, W1)[:, None], (16, 16))
     else:
         weight, size, column, first = _weight(pid, W, W1, W2, W3, W4, n, n1, n2, n3, n4, BN)
         rows = (pid - first) * BN + r
