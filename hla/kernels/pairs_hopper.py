@@ -161,13 +161,13 @@ def pair_gradients_hopper(
     dx = zeros
     dk = zeros
     if GATED and DG is not None:
-        both = _own_part(zeros_c, 1)
+        both = _own_part(zeros_c)
     for i in gl.static_range(PARTS):
         _arrived(0)  # (and so are A and B, the first time)
         if GATED and DG is not None:
             for j in gl.static_range(PARTS):
                 P = P_s.slice(j * C, C).load(LC)
-                both += _own_part(_wide(P) * _wide(N_s.slice(j * C, C).load(LC)), 1)
+                both += _own_part(_wide(P) * _wide(N_s.slice(j * C, C).load(LC)))
         dx = warpgroup_mma(do_s.index(i), P_s.permute((1, 0)), dx, use_acc=i > 0, is_async=True)
         dk = warpgroup_mma(v_s.index(i), N_s.permute((1, 0)), dk, use_acc=i > 0, is_async=True)
         dv = warpgroup_mma(k_s, N_s, zeros_c, use_acc=False, is_async=True)
@@ -181,7 +181,7 @@ def pair_gradients_hopper(
     dx = warpgroup_mma(B_s, k_s, dx * read, is_async=True)
     dk *= write
     if GATED and DG is not None:
-        across = _own_part(dk * _wide(k_s.load(L)), 1)
+        across = _own_part(dk * _wide(k_s.load(L)))
         both = gl.convert_layout(both * (gl.exp2(total) * factor), across.type.layout) + across
     dk = warpgroup_mma(B_s.permute((1, 0)), x_s, dk, is_async=True)
 
@@ -193,16 +193,16 @@ def pair_gradients_hopper(
     dx = warpgroup_mma_wait(1, (dx,))
     dx_s.store(dx.to(gl.bfloat16))
     if GATED and DG is not None:  # (threads add what they hold; the rest is added at the end)
-        dots = _own_part(dx * _wide(x_s.load(L)), 1)
+        dots = _own_part(dx * _wide(x_s.load(L)))
     dk = warpgroup_mma_wait(0, (dk,))
     dk_s.store(dk.to(gl.bfloat16))
     if GATED and DG is not None:
-        dots -= _own_part(dk * _wide(k_s.load(L)), 1)
+        dots -= _own_part(dk * _wide(k_s.load(L)))
         sums_s = _as(A_s, gl.float32, [C // 8, C, 4], SHN)
         dots_s, both_s = sums_s.index(0), sums_s.index(1)
         _barrier()
-        dots_s.store(dots.reshape([C, 4]))
-        both_s.store(both.reshape([C, 4]))
+        dots_s.store(dots)
+        both_s.store(both)
     _barrier()
     br = gl.arange(0, C, gl.SliceLayout(1, W)) + z
     pr = gl.arange(0, C, gl.SliceLayout(1, WP)) + z

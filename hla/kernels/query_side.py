@@ -336,8 +336,8 @@ def _in_three_kernels(
 
 def _in_one_kernel(s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behind: Behind, dx, added, gated, wants_dS):
     """The same by the kernel for Hopper: a chunk adds to everything at once, and a scan brings it to earlier chunks."""
-    from hla.kernels.query_side_hopper import WARPS
-    from hla.kernels.query_side_hopper import adjoint as adjoint_on_hopper
+    import hla.kernels.query_side_adjoint as both
+    import hla.kernels.query_side_hopper as one_by_one
 
     all_states, traces, *_ = states.pop()
     q, k = to_copy_whole(q), to_copy_whole(k)
@@ -349,13 +349,13 @@ def _in_one_kernel(s: Sizes, q, k, g, ridge, nodes, states: list[Entering], behi
     added_m, totals = (s.new(chunks.slots, heads) for _ in range(2))
     group, gg = heads // s.HKV, s.HKV // g.shape[2] if g is not None else 1
     if q.numel():
+        kernel, warps = (both.adjoint_at_once, both.WARPS) if s.K == 128 else (one_by_one.adjoint, one_by_one.WARPS)
         launch(
-            adjoint_on_hopper, chunks.slots * heads,
+            kernel, chunks.slots * heads,
             q, k, g, ridge, nodes, all_states, traces, dx, added, dq, dk, moments, added_m, totals, dridge, dnodes,
             dtrace, dc, chunks.table, s.T, chunks.per_sequence, heads, group, gg, *q.stride()[:3], *k.stride()[:3],
             *ridge.stride(), *nodes.stride(),
-            ORDER=s.order, D=s.K, C=s.config.chunk, BLOCKS=s.blocks, GATED=g is not None, WARPS_N=WARPS[s.K] // 4,
-            warps=WARPS[s.K],
+            ORDER=s.order, D=s.K, C=s.config.chunk, BLOCKS=s.blocks, GATED=g is not None, warps=warps,
         )  # fmt: skip
     del all_states
 

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""`adjoint` of `query_side` for Hopper GPUs, in Gluon: all that a chunk adds to every gradient, in one program.
+"""`adjoint` of `query_side` for heads of 64 on Hopper GPUs, in Gluon: all that a chunk adds to every gradient, in one
+program (heads of 128: `query_side_adjoint`).
 
-Gluon is Triton with the layouts written down. A tile ``[C, D]`` is spread over all warps, which in groups of four
-(`wgmma` takes four) have a share of its columns each. Both operands of every product are in shared memory, where all x
-and u of the chunk stay; registers hold y, dk and the chunk's moment. Products that the chain of readings does not wait
-for (dk, the moment) are started behind those that it does.
+Gluon is Triton with the layouts written down. Both operands of every product are in shared memory, where all x and u of
+the chunk stay; registers hold y, dk and the chunk's moment. Products that the chain of readings does not wait for (dk,
+the moment) are started behind those that it does.
 """
 
 from __future__ import annotations
@@ -20,9 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from hla.kernels.query_side_kernels import PER_TOKEN
 
-# Warps of a program, in groups of four that share the columns of a tile. With one group there is room for two programs
-# on a multiprocessor, one of which can work while the other one waits.
-WARPS = {64: 4, 128: 8}
+WARPS = 4  # which leaves room for two programs on a multiprocessor: one can work while the other one waits
 # Names that differ between versions of Triton.
 _barrier = getattr(gl, "thread_barrier", None) or gl.barrier
 _copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -66,10 +64,17 @@ def _segment(SLOTS, slot, per_sequence, segment, length):
 
 
 @gluon.jit
-def _own_part(x, WARPS_N: gl.constexpr):
-    """The sums of rows of an accumulator over the columns that a thread holds: no thread waits for another."""
-    x = x.reshape([x.shape[0], WARPS_N, x.shape[1] // (8 * WARPS_N), 4, 2]).permute((0, 1, 3, 2, 4))
-    return gl.sum(x.reshape([x.shape[0], WARPS_N, 4, x.shape[3] * x.shape[4]]), 3)
+def _operand(x, L: gl.constexpr):
+    """The left operand of a product, from an accumulator: of the same thread."""
+    return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, L, 2))
+
+
+@gluon.jit
+def _own_part(x):
+    """The sums of rows of an accumulator over the columns that a thread holds, ``[rows, 4]``: no thread waits for
+    another."""
+    x = x.reshape([x.shape[0], x.shape[1] // 8, 4, 2]).permute((0, 2, 1, 3))
+    return gl.sum(x.reshape([x.shape[0], 4, x.shape[2] * x.shape[3]]), 2)
 
 
 @gluon.jit
@@ -84,39 +89,33 @@ def _index(x, DIM: gl.constexpr):
 
 
 @gluon.jit
-def _of_block(x, WARPS_N: gl.constexpr):
-    """Of ``[warp, r, c, group, block]`` what is on the diagonal, ``[warp, r, 4, group]``."""
-    a, b = gl.split(x.reshape([4, 8, 8, WARPS_N, 2 // WARPS_N, 2]))  # even and odd blocks
-    x = gl.where(_index(a, 0) % 2 == 0, a, b).reshape([4, 8, 8, 2])
-    if WARPS_N == 1:
-        a, b = gl.split(x)
-        x = gl.where(_index(a, 0) < 2, a, b).reshape([4, 8, 8, 1])
-    here = _index(x, 1) == _index(x, 2)
-    if WARPS_N == 2:
-        here = here & (_index(x, 3) == _index(x, 0) // 2)
-    return gl.sum(gl.where(here, x, 0.0).reshape([4, 8, 4, 2, WARPS_N]), 3)
+def _of_block(x):
+    """Of ``[warp, r, c, block]`` what is on the diagonal, ``[warp, r, 4]``."""
+    a, b = gl.split(x.reshape([4, 8, 8, 2, 2]))  # even and odd blocks
+    a, b = gl.split(gl.where(_index(a, 0) % 2 == 0, a, b))
+    x = gl.where(_index(a, 0) < 2, a, b)
+    return gl.sum(gl.where(_index(x, 1) == _index(x, 2), x, 0.0).reshape([4, 8, 4, 2]), 3)
 
 
 @gluon.jit
-def _diagonal(x, WARPS_N: gl.constexpr):
+def _diagonal(x):
     """The diagonal of an accumulator ``[64, 64]``, as `_own_part` has sums of rows.
 
     Which columns of a thread can be on it depends on its warp alone, so all but 4 of 32 numbers are out at once.
     """
-    x = x.reshape([4, 2, 8, WARPS_N, 4 // WARPS_N, 2, 8])  # rows: warp, half, r; columns: group, block, half, c
-    x = x.permute((0, 2, 6, 3, 4, 1, 5))
+    x = x.reshape([4, 2, 8, 4, 2, 8]).permute((0, 2, 5, 3, 1, 4))  # rows: warp, half, r; columns: block, half, c
     x0, x1 = gl.split(x)
     x0, _ = gl.split(x0)
     _, x1 = gl.split(x1)
-    x = gl.join(_of_block(x0, WARPS_N), _of_block(x1, WARPS_N))  # [warp, r, 4, group, half]
-    return x.permute((0, 4, 1, 3, 2)).reshape([64, WARPS_N, 4])
+    x = gl.join(_of_block(x0), _of_block(x1))  # [warp, r, 4, half]
+    return x.permute((0, 3, 1, 2)).reshape([64, 4])
 
 
 @gluon.jit
 def _rest(a, b, c, d, e, f, g, h, R: gl.constexpr):
     """The sums of rows from what the threads hold, of eight numbers at once."""
     x = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
-    x = gl.sum(gl.sum(x, 2), 1)
+    x = gl.sum(x, 1)
     abcd, efgh = gl.split(x)
     ab, cd = gl.split(abcd)
     ef, gh = gl.split(efgh)
@@ -205,7 +204,6 @@ def adjoint(
     SLOTS, length, per_sequence, heads, group, gg,
     q_b, q_t, q_h, k_b, k_t, k_h, r_b, r_t, r_h, n_b, n_t, n_h, n_n,
     ORDER: gl.constexpr, D: gl.constexpr, C: gl.constexpr, BLOCKS: gl.constexpr, GATED: gl.constexpr,
-    WARPS_N: gl.constexpr,
 ):  # fmt: skip
     """From the gradient DX of ``x_order`` to those of q, ridge and nodes, and what this chunk does to k.
 
@@ -216,15 +214,13 @@ def adjoint(
     ...]``, contiguous; the states as `states` left them, bfloat16.
     """
     # Layouts: accumulators [C, D], [C, C] and [D, D]; B, whole rows in global memory; R and RC, numbers of rows.
-    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, D // WARPS_N, 16])
-    LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS_N], [16, C // WARPS_N, 16])
-    LN_WARPS: gl.constexpr = [8, WARPS_N // 2] if D == 128 else [4, WARPS_N]
-    LN: gl.constexpr = gl.NVMMADistributedLayout([3, 0], LN_WARPS, [16, D // LN_WARPS[1], 16])
-    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4 * WARPS_N, 1], [1, 0])
+    L: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    LC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, C, 16])
+    B: gl.constexpr = gl.BlockedLayout([1, 8], [32 // (D // 8), D // 8], [4, 1], [1, 0])
     R: gl.constexpr = gl.SliceLayout(1, L)
     RC: gl.constexpr = gl.SliceLayout(1, LC)
     CC: gl.constexpr = gl.SliceLayout(0, LC)
-    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [4 * WARPS_N], [0])  # (a layout that can be scanned)
+    SCAN: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])  # (a layout that can be scanned)
     SH: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, D], gl.bfloat16)
     SHC: gl.constexpr = gl.NVMMASharedLayout.get_default_for([C, C], gl.bfloat16)
     SHD: gl.constexpr = gl.NVMMASharedLayout.get_default_for([D, D], gl.bfloat16)
@@ -304,7 +300,7 @@ def adjoint(
             raw = warpgroup_mma_wait(0, (raw,))
         by_x.index(n - 1).store((raw * -E_s.load(LC).to(gl.float32)).to(gl.bfloat16))
         if GATED:
-            own_x = own_x + (_diagonal(raw, WARPS_N),)
+            own_x = own_x + (_diagonal(raw),)
         if n < ORDER:
             by = steps[n][:, None]
             x = x * (1.0 - by * ridge[:, None]) + (by * theta[:, None]) * _wide(x_s.index(0).load(L))
@@ -323,12 +319,12 @@ def adjoint(
     async_copy.wait_group(0)
     _barrier()
     y = _wide(w_s.load(L))
-    moment = gl.zeros([D, D], gl.float32, LN)
+    moment = gl.zeros([D, D], gl.float32, L)
     dk = gl.zeros([C, D], gl.float32, L)
-    part = _own_part(y * 0.0, WARPS_N)
-    P: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, part.type.layout))
-    ridge_p = gl.convert_layout(ridge, P)[:, None, None]
-    theta_p = gl.convert_layout(theta, P)[:, None, None]
+    part = _own_part(y * 0.0)
+    P: gl.constexpr = gl.SliceLayout(1, part.type.layout)
+    ridge_p = gl.convert_layout(ridge, P)[:, None]
+    theta_p = gl.convert_layout(theta, P)[:, None]
     dridge, dtrace, dc = part, part, part
     dthetas, after = (), part
     for n in gl.static_range(ORDER, 0, -1):
@@ -337,8 +333,8 @@ def adjoint(
         else:
             u_n = x_s.index(n + z)
         by = steps[n][:, None]
-        xy = _own_part(_wide(x_s.index(n - 1 + z).load(L)) * y, WARPS_N)
-        qy = xy if n == 1 else _own_part(_wide(x_s.index(z).load(L)) * y, WARPS_N)
+        xy = _own_part(_wide(x_s.index(n - 1 + z).load(L)) * y)
+        qy = xy if n == 1 else _own_part(_wide(x_s.index(z).load(L)) * y)
         if n < ORDER:
             dk, moment = warpgroup_mma_wait(0, (dk, moment))
         _barrier()
@@ -351,7 +347,7 @@ def adjoint(
         raw = warpgroup_mma_wait(1, (raw,))
         by_u.store((raw * -E_s.load(LC).to(gl.float32)).to(gl.bfloat16))
         if GATED:
-            u_ = _diagonal(raw, WARPS_N)
+            u_ = _diagonal(raw)
             x_ = own_x[n - 1]
             same = u_.to(gl.bfloat16).to(gl.float32) * x_ - x_.to(gl.bfloat16).to(gl.float32) * u_
             dc += 0.5 * gl.convert_layout(same, part.type.layout)
@@ -361,17 +357,17 @@ def adjoint(
         dk = warpgroup_mma(by_u.permute((1, 0)), x_s.index(n - 1 + z), dk, is_async=True)
         moment = warpgroup_mma(x_s.index(n - 1 + z).permute((1, 0)), w_s, moment, is_async=True)
         y = warpgroup_mma_wait(3, (y,))
-        step = gl.convert_layout(steps[n], P)[:, None, None]
-        after = _own_part(_wide(x_s.index(n - 1 + z).load(L)) * y, WARPS_N)
+        step = gl.convert_layout(steps[n], P)[:, None]
+        after = _own_part(_wide(x_s.index(n - 1 + z).load(L)) * y)
         xSu = (1.0 - step * ridge_p) * xy - after
         dtheta = -step * (step * (theta_p * qy - ridge_p * xy) - xSu)
         dthetas = dthetas + (dtheta,)
         node = gl.load(nodes + n * n_n, mask=live, other=1.0).to(gl.float32)
         dridge += dtheta - step * xy
-        dtrace += dtheta * gl.convert_layout(node, P)[:, None, None]
+        dtrace += dtheta * gl.convert_layout(node, P)[:, None]
         dc -= xSu
     dk, moment = warpgroup_mma_wait(0, (dk, moment))
-    dc -= 0.5 * _own_part(dk * _wide(k_s.load(L)), WARPS_N)
+    dc -= 0.5 * _own_part(dk * _wide(k_s.load(L)))
 
     # Gradients of the numbers per token.
     z = _zero(start)

@@ -32,6 +32,7 @@ from hla.kernels.query_side_hopper import (
     _barrier,
     _numbers,
     _numbers_of,
+    _operand,
     _ready,
     _segment,
     _wide,
@@ -50,12 +51,6 @@ def _ask(Q, K, V, q_s, k_s, v_s, first, stop, z, q_t, k_t, v_t, B: gl.constexpr,
     _ask_rows(K, k_s, first, stop, z, k_t, B, C, D)
     _ask_rows(V, v_s, first, stop, z, v_t, B, C, D)
     async_copy.commit_group()
-
-
-@gluon.jit
-def _operand(x, L: gl.constexpr):
-    """The left operand of a product, from an accumulator: of the same thread."""
-    return gl.convert_layout(x.to(gl.bfloat16), gl.DotOperandLayout(0, L, 2))
 
 
 @gluon.jit

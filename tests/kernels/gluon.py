@@ -213,6 +213,7 @@ def _stand_ins(late: str) -> dict[str, Any]:
         "_wide": lambda x: x.to(torch.float32),
         "_zero": lambda x: x * 0,
         "_copy": started.copy,
+        "_now": lambda x: x,
         "_as": _as,
         "async_copy": started,
         "fence_async_shared": lambda: None,

@@ -241,7 +241,7 @@ def launches_of_readings(capability: int, _: str, D: int, dtype: str) -> list:
     gluon = {x.kernel.__name__ for x in own if x.kernel.is_gluon()}
     by_size = {
         64: {"walk_readings", "pair_gradients_hopper", "adjoint"},
-        128: {"solve_hopper", "pair_gradients_hopper", "adjoint"},
+        128: {"solve_hopper", "pair_gradients_hopper", "adjoint_at_once"},
     }
     assert gluon == (by_size.get(D, set()) if (capability, dtype) == (90, "bfloat16") else set())
     kinds = {(x.kernel.__name__, x.arguments.get("LEAVE") is None, x.arguments.get("REVERSE")): x for x in own}
