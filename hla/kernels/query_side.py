@@ -13,8 +13,9 @@ and one reversed walk of a moment that all readings share,
     m_t = sum_{s>=t} exp(c_s - c_t) dtrace_s.
 
 There are two ways to the gradient. Three kernels leave all x and u in memory: `adjoint`, the walk (`moments`), and what
-it means for each chunk (`fold`). On Hopper GPUs one kernel (`query_side_hopper`) has all x and u of a chunk on chip and
-leaves only the moment of the chunk; a scan brings that to earlier chunks (`scan_later`), which read it (`fold_later`).
+it means for each chunk (`fold`). On Hopper GPUs one kernel (`query_side_hopper`; heads of 128: `query_side_adjoint`)
+has all x and u of a chunk on chip and leaves only the moment of the chunk; a scan brings that to earlier chunks
+(`scan_later`), which read it (`fold_later`).
 
 Head sizes up to 128; larger ones go stage by stage through `chain`.
 """
