@@ -322,9 +322,8 @@ def adjoint_at_once(
         more = node * traces_p
         dtheta = xu - xy / (ridge_p + more)
         gl.store(DNODES + row * (ORDER + 1) + n, _over_threads(dtheta, N) * traces, mask=live)
-        if (
-            GATED
-        ):  # what rounding leaves of a token's own reading, which has no decay: in S x, the weight of x is rounded
+        if GATED:
+            # What rounding leaves of a token's own reading, which has no decay: in S x, the weight of x is rounded.
             xk, uk = x_own[n - 1], u_own[n - 1]
             same = uk.to(gl.bfloat16).to(gl.float32) * xk - xk.to(gl.bfloat16).to(gl.float32) * uk
             if 2 * n > ORDER:
