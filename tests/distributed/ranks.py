@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -76,6 +77,7 @@ def _serve(rank: int, count: int, path: str, pipe) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # (a shell that starts tests behind it has it ignored)
     loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
     os.environ["GLOO_SOCKET_IFNAME"] = ",".join(loopback[:1])  # the name of this machine may lead nowhere
     patience = timedelta(seconds=TIMEOUT / 2)
